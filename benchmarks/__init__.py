@@ -1,0 +1,1 @@
+"""Streams, methods and measurements behind the figures in the documentation."""

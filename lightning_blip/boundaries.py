@@ -1,0 +1,323 @@
+"""The one owner of where a task ends: it tells every callback and the module, and moves on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_blip.heads import TaskHeads
+from lightning_blip.streams import Task
+
+if TYPE_CHECKING:
+    from lightning_blip.datamodule import TaskSequenceDataModule
+
+# What Lightning puts where the user gave the Trainer no max_epochs.
+_UNSET_MAX_EPOCHS = (None, -1, 1000)
+
+
+class TaskBoundaries(pl.Callback):
+    """Ends tasks and starts them, and tells everyone through two hooks.
+
+    ``on_task_start(trainer, pl_module, task)`` and ``on_task_end(trainer, pl_module, task)`` are called on
+    every callback, and on the LightningModule, that defines them. At the end of a task's last epoch, in this
+    order: ``on_task_end`` (BLIP consolidates here); the validation loop once more, so that the recorded score
+    is that of the frozen network; the data module moves on; optimizers and schedulers are rebuilt;
+    ``on_task_start`` of the next task. Lightning saves its checkpoints after that: a crash loses no boundary
+    and repeats none. ``on_task_start`` is also called when a fit begins or resumes within a task.
+
+    The data module puts this callback first among the Trainer's: nothing is left to do by hand. It also makes
+    the head of the task active in every :class:`TaskHeads`, in validation and test that of the loader's task.
+
+    Example:
+        >>> class Announce(pl.Callback):
+        ...     def on_task_start(self, trainer, pl_module, task):
+        ...         print(f"now learning {task.name}")
+    """
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+        self._users_limit: int | None = None
+        self._heads: list[TaskHeads] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Sets the number of epochs to that of the whole sequence, unless the user's is smaller."""
+        if stage != "fit":
+            return
+        tasks = sequence(trainer)
+        _check_validation_step(pl_module, tasks)
+        if tasks.learned == len(tasks):
+            pl.utilities.rank_zero_warn(
+                f"All {len(tasks)} tasks of the sequence are learned already: nothing is left to train. "
+                "Make a new TaskSequenceDataModule to learn more."
+            )
+        users = trainer.fit_loop.max_epochs
+        if users != self._limit:
+            self._users_limit = None if users in _UNSET_MAX_EPOCHS else users
+        self._limit_epochs(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts, or goes on with, the current task."""
+        tasks = sequence(trainer)
+        # Known only now where a fit is resumed: tasks may have ended early.
+        self._limit_epochs(trainer)
+        if tasks.learned == len(tasks):
+            return
+        if tasks.epoch == 0 and tasks.learned:
+            # A checkpoint from within a boundary may hold the optimizer of the task before.
+            trainer.strategy.setup_optimizers(trainer)
+        self._start_task(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps what a plateau scheduler saw of the last task away from this one."""
+        if sequence(trainer).epoch == 0:
+            for config in trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    config.scheduler._reset()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the epoch and, where it was the task's last, crosses the boundary."""
+        tasks = sequence(trainer)
+        stoppings = [callback for callback in _callbacks(trainer) if isinstance(callback, TaskStopping)]
+        stopped = [stopping.observe(trainer, pl_module, tasks.task) for stopping in stoppings]
+        if not tasks.end_epoch() and not any(stopped):
+            return
+        for stopping in stoppings:
+            stopping.restore(pl_module)
+        _call_hook(trainer, pl_module, "on_task_end", tasks.task)
+        tasks.close_task()
+        _validate(trainer)
+        if tasks.next_task():
+            trainer.strategy.setup_optimizers(trainer)
+            self._start_task(trainer, pl_module)
+        self._limit_epochs(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the heads to switch."""
+        self._find_heads(pl_module)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Makes the head of the loader's task active."""
+        self._activate(dataloader_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the head of the current task active again."""
+        self._activate(sequence(trainer).task.index)
+
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
+
+    def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        task = sequence(trainer).task
+        pl_module.zero_grad()  # what the last task has left must not move anything in this one
+        self._find_heads(pl_module)
+        self._activate(task.index)
+        _call_hook(trainer, pl_module, "on_task_start", task)
+
+    def _find_heads(self, pl_module: pl.LightningModule) -> None:
+        self._heads = [module for module in pl_module.modules() if isinstance(module, TaskHeads)]
+
+    def _activate(self, task: int) -> None:
+        for heads in self._heads:
+            heads.active = task
+
+    def _limit_epochs(self, trainer: pl.Trainer) -> None:
+        done: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        limit = done + sequence(trainer).remaining_epochs
+        self._limit = limit if self._users_limit is None else min(limit, self._users_limit)
+        trainer.fit_loop.max_epochs = self._limit
+
+
+class TaskStopping(pl.Callback):
+    """Ends a task early when a monitored value stops improving, and goes back to its best weights.
+
+    Unlike Lightning's ``EarlyStopping`` it ends the task, not the fit, and every task begins with its whole
+    patience. Epochs saved are saved: the later tasks are not trained longer.
+
+    Args:
+        monitor: A value that the module logs every epoch; in validation that of the current task is watched.
+        patience: How many epochs without improvement end a task: one number, or one a task.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        min_delta: The least change that counts as improvement, in the units of the value.
+        restore_best: Whether a task ends with the weights of its best epoch instead of its last.
+
+    Raises:
+        ValueError: If ``patience`` or ``mode`` is off; in a fit, if ``monitor`` is never logged.
+
+    Example:
+        >>> stopping = TaskStopping("val_acc", patience=2, mode="max")
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        patience: int | Sequence[int] = 3,
+        mode: Literal["min", "max"] = "min",
+        min_delta: float = 0.0,
+        restore_best: bool = True,
+    ) -> None:
+        patiences = [patience] if isinstance(patience, int) else list(patience)
+        if not patiences or min(patiences) < 0:
+            raise ValueError(f"patience={patience} must be a number of epochs, or one a task, 0 or more")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode={mode!r} must be 'min' or 'max'")
+        self.monitor = monitor
+        self.patience = patience
+        self.mode = mode
+        self.min_delta = min_delta
+        self.restore_best = restore_best
+        self._best = float("inf")
+        self._waited = 0
+        self._weights: dict[str, Tensor] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks that each task has its patience."""
+        if stage == "fit" and not isinstance(self.patience, int):
+            tasks = len(sequence(trainer))
+            if len(self.patience) != tasks:
+                raise ValueError(
+                    f"patience={self.patience} has {len(self.patience)} entries for {tasks} tasks"
+                )
+
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> bool:
+        """Looks at the epoch that just ended.
+
+        Returns:
+            Whether the task should end here.
+        """
+        score = task_score(trainer.callback_metrics, self.monitor, task.index)
+        if self.mode == "max":
+            score = -score
+        if score < self._best - self.min_delta:
+            self._best = score
+            self._waited = 0
+            if self.restore_best:
+                self._weights = {
+                    name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()
+                }
+        else:
+            self._waited += 1
+        patience = self.patience if isinstance(self.patience, int) else self.patience[task.index]
+        return self._waited > 0 and self._waited >= patience
+
+    def restore(self, pl_module: pl.LightningModule) -> None:
+        """Gives the module the weights of the task's best epoch, and forgets the task."""
+        if self._weights:
+            pl_module.load_state_dict(self._weights)
+        self._best, self._waited, self._weights = float("inf"), 0, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered of the current task."""
+        return {"best": self._best, "waited": self._waited, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a saved fit was."""
+        self._best = state_dict["best"]
+        self._waited = state_dict["waited"]
+        self._weights = state_dict["weights"]
+
+
+def task_score(metrics: Mapping[str, Tensor], name: str, task: int) -> float:
+    """What was logged of one task: Lightning adds the loader's number where there are several.
+
+    Args:
+        metrics: The Trainer's ``callback_metrics``.
+        name: As in ``self.log(name, …)``.
+        task: The task's index, which is that of its validation loader.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it was not logged.
+
+    Example:
+        >>> task_score({"val_acc/dataloader_idx_1": torch.tensor(0.5)}, "val_acc", task=1)
+        0.5
+    """
+    for key in (f"{name}/dataloader_idx_{task}", name):
+        if key in metrics:
+            return float(metrics[key])
+    raise ValueError(
+        f"{name!r} was not logged for task {task}, only {sorted(metrics)}: "
+        f"log it in the module's validation_step, self.log({name!r}, value)"
+    )
+
+
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Sends metrics to every logger of the Trainer, at the step where its own stand.
+
+    Args:
+        trainer: The Trainer.
+        metrics: Values by name.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def sequence(trainer: pl.Trainer) -> TaskSequenceDataModule:
+    """The sequence of tasks that a Trainer learns.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Its data module.
+
+    Raises:
+        ValueError: If that is no sequence of tasks.
+    """
+    from lightning_blip.datamodule import TaskSequenceDataModule  # which brings this callback along
+
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, TaskSequenceDataModule):
+        raise ValueError(
+            f"datamodule={type(datamodule).__name__} has no tasks: "
+            "pass trainer.fit(…, datamodule=TaskSequenceDataModule(…))"
+        )
+    return datamodule
+
+
+def _check_validation_step(pl_module: pl.LightningModule, tasks: TaskSequenceDataModule) -> None:
+    validates = len(tasks) > 1 and tasks[0].val is not None and is_overridden("validation_step", pl_module)
+    if validates and "dataloader_idx" not in inspect.signature(pl_module.validation_step).parameters:
+        raise ValueError(
+            f"{type(pl_module).__name__}.validation_step will be run on each of {len(tasks)} tasks: give it "
+            "the argument dataloader_idx=0"
+        )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _call_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, task: Task) -> None:
+    for listener in (*_callbacks(trainer), pl_module):
+        hook = getattr(listener, name, None)
+        if hook is not None:
+            hook(trainer, pl_module, task)
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """Runs the validation loop from within the training loop, as the training loop itself does."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if not trainer.enable_validation or not is_overridden("validation_step", trainer.lightning_module):
+        return
+    first_iteration = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_iteration

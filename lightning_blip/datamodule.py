@@ -1,0 +1,284 @@
+"""The data module that feeds a sequence of tasks, one after another, within one fit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+from typing_extensions import Unpack
+
+from lightning_blip import streams
+from lightning_blip.boundaries import TaskBoundaries
+from lightning_blip.streams import MappedDataset, Samples, Task
+
+
+class LoadingOptions(TypedDict, total=False):
+    """The arguments of :class:`TaskSequenceDataModule` that every way to make one takes."""
+
+    epochs_per_task: int | Sequence[int]
+    batch_size: int
+    num_workers: int
+    val_fraction: float
+    seed: int
+
+
+class TaskSequenceDataModule(pl.LightningDataModule):
+    """Feeds tasks one after another: one ``trainer.fit`` learns the whole sequence.
+
+    ``train_dataloader`` gives the current task; ``val_dataloader`` one loader for each task seen so far, so
+    that the module's own ``validation_step`` is run on each of them; ``test_dataloader`` one for every task.
+    It brings the :class:`TaskBoundaries` callback along, sets the number of epochs, and keeps its position in
+    the checkpoint: a fit resumed with ``ckpt_path`` goes on in the right epoch of the right task, over the
+    samples in the order that the unbroken fit would have seen.
+
+    Args:
+        tasks: The tasks, in the order of learning.
+        epochs_per_task: How long each task is trained: one number, or one a task.
+        batch_size: Samples a batch.
+        num_workers: Processes that load data.
+        val_fraction: The share of each training set that is held out, to validate on instead of the test set.
+        seed: Of the order of the samples, which depends on it, the task and the epoch alone.
+
+    Raises:
+        ValueError: If there is no task, one has no data, only some can be validated, or an argument is off.
+
+    Example:
+        >>> digits = TensorDataset(torch.zeros(40, 8), torch.arange(40) % 10)
+        >>> tasks = TaskSequenceDataModule.split_classes(digits, digits, classes_per_task=5)
+        >>> len(tasks)
+        2
+        >>> tasks[1]
+        Task('5-6-7-8-9', classes=[5, 6, 7, 8, 9], train=20, val=20, test=20)
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        epochs_per_task: int | Sequence[int] = 1,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= val_fraction < 1.0:
+            raise ValueError(f"val_fraction={val_fraction} must be a share of the training set, 0 to below 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        _check_tasks(tasks)
+        if val_fraction:
+            tasks = [streams.hold_out(task, val_fraction, seed) for task in tasks]
+        self.tasks = [replace(task, index=index) for index, task in enumerate(tasks)]
+        self.epochs = _epochs(epochs_per_task, len(tasks))
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.learned = 0
+        self.epoch = 0
+        self._closing = False
+
+    @classmethod
+    def split_classes(
+        cls,
+        train: Samples,
+        test: Samples,
+        *,
+        classes_per_task: int = 2,
+        relabel: bool = True,
+        **options: Unpack[LoadingOptions],
+    ) -> TaskSequenceDataModule:
+        """One task for every few classes, see :func:`lightning_blip.streams.split_classes`."""
+        return cls(streams.split_classes(train, test, classes_per_task, relabel), **options)
+
+    @classmethod
+    def permute_inputs(
+        cls, train: Samples, test: Samples, *, tasks: int = 10, **options: Unpack[LoadingOptions]
+    ) -> TaskSequenceDataModule:
+        """The same data with its input values permuted, see :func:`lightning_blip.streams.permute_inputs`."""
+        return cls(streams.permute_inputs(train, test, tasks, options.get("seed", 0)), **options)
+
+    @classmethod
+    def rotate(
+        cls, train: Samples, test: Samples, *, degrees: Sequence[float], **options: Unpack[LoadingOptions]
+    ) -> TaskSequenceDataModule:
+        """The same images rotated, see :func:`lightning_blip.streams.rotate`."""
+        return cls(streams.rotate(train, test, degrees), **options)
+
+    @classmethod
+    def chain(
+        cls,
+        datasets: Sequence[tuple[Samples, Samples]],
+        *,
+        names: Sequence[str] | None = None,
+        **options: Unpack[LoadingOptions],
+    ) -> TaskSequenceDataModule:
+        """One task a data set, see :func:`lightning_blip.streams.chain`."""
+        return cls(streams.chain(datasets, names), **options)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {'>' if task.index == self.learned else ' '} {task}, {epochs} epochs"
+            for task, epochs in zip(self.tasks, self.epochs, strict=True)
+        ]
+        return "\n".join([f"TaskSequenceDataModule({self.learned} of {len(self)} tasks learned)", *lines])
+
+    __str__ = __repr__
+
+    @property
+    def task(self) -> Task:
+        """The task being learned; the last one when all are."""
+        return self.tasks[min(self.learned, len(self) - 1)]
+
+    @property
+    def remaining_epochs(self) -> int:
+        """How many epochs are left, over all tasks to come."""
+        return sum(self.epochs[self.learned :]) - self.epoch
+
+    def setup(self, stage: str) -> None:
+        """Puts the owner of the boundaries in its place."""
+        trainer = self.trainer
+        assert trainer is not None
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, TaskBoundaries) for callback in callbacks):
+            callbacks.insert(0, TaskBoundaries())
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The current task, its samples in the order of this epoch."""
+        # Chosen here, not in setup: a resumed fit restores the position in between.
+        order = _EpochOrder(len(cast(Any, self.task.train)), (self.seed, self.task.index, self.epoch))
+        return self._loader(self.task.train, order)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader for each task seen so far, the current one last."""
+        return self._in_order([task.val for task in self.tasks[: self.task.index + 1]])
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader for every task, learned or not."""
+        return self._in_order([task.test for task in self.tasks])
+
+    def end_epoch(self) -> bool:
+        """Counts an epoch of the current task.
+
+        Returns:
+            Whether it was the task's last.
+        """
+        self.epoch += 1
+        return self.epoch >= self.epochs[self.task.index]
+
+    def close_task(self) -> None:
+        """From here on a checkpoint says that the current task is learned, though it is still shown."""
+        self._closing = True
+
+    def next_task(self) -> bool:
+        """Moves on to the next task.
+
+        Returns:
+            Whether there is one.
+        """
+        self.learned += 1
+        self.epoch = 0
+        self._closing = False
+        return self.learned < len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the sequence."""
+        if self._closing:
+            return {"learned": self.learned + 1, "epoch": 0}
+        return {"learned": self.learned, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes back to a saved position."""
+        if state_dict["learned"] > len(self):
+            raise ValueError(
+                f"The checkpoint has learned {state_dict['learned']} tasks, this sequence has {len(self)}: "
+                "resume with the tasks that it was trained on"
+            )
+        self.learned = state_dict["learned"]
+        self.epoch = state_dict["epoch"]
+
+    def _in_order(self, parts: Sequence[Samples | None]) -> list[DataLoader[Any]]:
+        return [
+            self._loader(samples, range(len(cast(Any, samples)))) for samples in parts if samples is not None
+        ]
+
+    def _loader(self, samples: Samples, order: Sampler[int] | range) -> DataLoader[Any]:
+        held = MappedDataset(samples) if isinstance(samples, TensorDataset) else samples
+        collate: Callable[[Any], Any] | None = None
+        if isinstance(held, MappedDataset) and held.in_memory:
+            held, collate = _Batches(held), _as_it_is
+        return DataLoader(
+            held,
+            batch_sampler=BatchSampler(order, self.batch_size, drop_last=False),
+            num_workers=self.num_workers,
+            collate_fn=collate,
+        )
+
+
+class _EpochOrder(Sampler[int]):
+    """A random order of the samples that depends on its key (seed, task, epoch) alone."""
+
+    def __init__(self, samples: int, key: tuple[int, int, int]) -> None:
+        self._samples = samples
+        self._key = key
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(random.Random(str(self._key)).getrandbits(63))
+        yield from torch.randperm(self._samples, generator=generator).tolist()
+
+
+class _Batches(Dataset[Any]):
+    """Samples held as tensors, read by the loader a batch at a time."""
+
+    def __init__(self, samples: MappedDataset) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self._samples.batch(torch.tensor(indices))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _check_tasks(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise ValueError("tasks=[] is no sequence: give at least one Task")
+    for task in tasks:
+        for part in ("train", "val", "test"):
+            samples = getattr(task, part)
+            if samples is not None and len(samples) == 0:
+                raise ValueError(f"Task {task.name!r} has no data in its {part} set: leave the task out")
+    for part in ("val", "test"):
+        without = [task.name for task in tasks if getattr(task, part) is None]
+        if without and len(without) < len(tasks):
+            raise ValueError(f"Tasks {without} have no {part} set while others do: give it to all or to none")
+
+
+def _epochs(epochs_per_task: int | Sequence[int], tasks: int) -> list[int]:
+    epochs = [epochs_per_task] * tasks if isinstance(epochs_per_task, int) else list(epochs_per_task)
+    if len(epochs) != tasks or min(epochs) < 1:
+        raise ValueError(
+            f"epochs_per_task={epochs_per_task} must be one number, or one for each of the {tasks} tasks, "
+            "at least 1 each"
+        )
+    return epochs

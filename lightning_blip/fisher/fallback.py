@@ -1,0 +1,107 @@
+"""Per-sample gradients of any parameter: vectorised over samples, or else one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_blip.fisher.batches import Batch, map_tensors, tensors_of
+from lightning_blip.fisher.model import Model
+from lightning_blip.fisher.rules import backward
+
+CHUNK_BYTES = 64 * 2**20
+ROUNDING = 1e-6  # of the largest gradient's norm
+
+
+@dataclass
+class PerSample:
+    """Squared per-sample gradients of ``parameters``; ``vectorised`` until this turns out not to work."""
+
+    model: Model
+    parameters: dict[str, nn.Parameter]
+    vectorised: bool = True
+
+    def choose(self, sample: Batch) -> None:
+        """Stays vectorised only if this gives the gradients of one ``sample`` that autograd gives."""
+        if not self.parameters:
+            return
+        found = self.squares(sample)
+        true = self._looped_squares(sample)
+        largest = max(float(square.sqrt().norm()) for square in true.values())
+        for name, square in true.items():
+            error = (found[name].sqrt() - square.sqrt()).norm()
+            if not error <= tolerance(square) * square.sqrt().norm() + ROUNDING * largest:
+                self.vectorised = False
+
+    def add_squares(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
+        """Adds the squared gradients of the samples of ``batch`` to ``sums``, by parameter name."""
+        if not self.parameters:
+            return
+        per_sample = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        step = max(1, CHUNK_BYTES // per_sample)
+        for start in range(0, batch.size, step):
+            for name, square in self.squares(batch[start : start + step]).items():
+                sums[name] += square
+
+    def squares(self, batch: Batch) -> dict[str, Tensor]:
+        """The sum of squares over the few samples of ``batch``."""
+        if self.vectorised:
+            try:
+                return self._vectorised_squares(batch)
+            except Exception:  # whatever a module does that cannot be vectorised, one sample alone may do
+                self.vectorised = False
+        return self._looped_squares(batch)
+
+    def _vectorised_squares(self, batch: Batch) -> dict[str, Tensor]:
+        tensors = tensors_of((batch.inputs, batch.labels))
+        of_sample = [batch.is_per_sample(tensor) for tensor in tensors]
+
+        def log_prob(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+            single = (value[None] if own else value for value, own in zip(values, of_sample, strict=True))
+            inputs, labels = map_tensors(lambda _: next(single), (batch.inputs, batch.labels))
+            return self.model.log_prob(Batch(inputs, labels, 1, batch.index), parameters).squeeze(0)
+
+        of_samples = vmap(grad(log_prob), in_dims=(None, [0 if own else None for own in of_sample]))
+        # torch.func differentiates by itself, so that no second graph need be recorded around it; and of the
+        # kernels for attention only the plain one is vectorised over.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            grads = of_samples({name: p.detach() for name, p in self.parameters.items()}, tensors)
+            return {name: at_least_single(g).square().sum(0) for name, g in grads.items()}
+
+    def _looped_squares(self, batch: Batch) -> dict[str, Tensor]:
+        squares = {name: torch.zeros_like(at_least_single(p.detach())) for name, p in self.parameters.items()}
+        for sample in (batch[i : i + 1] for i in range(batch.size)):
+            with naming(self.parameters):
+                grads = backward(self.model.log_prob(sample).sum(), [], list(self.parameters.values()))
+            for square, gradient in zip(squares.values(), grads, strict=True):
+                if gradient is not None:
+                    square += at_least_single(gradient).square()
+        return squares
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """``tensor`` in its own floating type, or in float32 where that is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def tolerance(tensor: Tensor) -> float:
+    """How far two ways to the same result may lie apart, relative to its norm."""
+    return 1e-2 if tensor.is_cuda else 1e-3  # the TF32 arithmetic of GPUs keeps ten bits
+
+
+@contextmanager
+def naming(parameters: Iterable[str]) -> Iterator[None]:
+    """Says of an error in here for which ``parameters`` gradients were wanted."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"No per-sample gradients could be taken of {', '.join(parameters)}: {error!r}. "
+            "Leave them out with parameters=[...]."
+        ) from error

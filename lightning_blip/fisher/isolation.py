@@ -1,0 +1,39 @@
+"""Running a module in evaluation mode and leaving it, and the random numbers, as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def left_as_before(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, gradients, full precision; then modes, buffers and RNG states are as before."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            # cuDNN has no backward pass for recurrent layers in evaluation mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # Kept from here on, so that copies made under an outer inference mode are ordinary tensors.
+        modes = [(part, part.training) for part in module.modules()]
+        buffers = [
+            (part, name, buffer, buffer.clone())
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            with torch.no_grad():
+                for part, name, buffer, value in buffers:
+                    part._buffers[name] = buffer.copy_(value)

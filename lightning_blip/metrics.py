@@ -1,0 +1,259 @@
+"""How well a sequence of tasks was learned and kept: metrics on the matrix R of scores.
+
+R[i, j] is the score on task j after learning task i, of any kind where higher is better. Entries that were
+not measured are NaN. All metrics are those after the last task learned so far, t, the last row with R[t, t]
+measured: a matrix of which only the first rows are filled is fine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+Over = Literal["previous", "all"]
+
+
+def average_score(R: Tensor) -> Tensor:
+    """The average score over all tasks learned so far, 1/(t+1) Σ_{j≤t} R[t, j].
+
+    Args:
+        R: (T, T), NaN where not measured.
+
+    Returns:
+        A scalar; NaN if no task was learned yet or an entry is missing.
+
+    Raises:
+        ValueError: If R is not square.
+
+    Example:
+        >>> average_score(torch.tensor([[0.9, 0.5], [0.7, 0.8]]))
+        tensor(0.7500)
+
+    Source:
+        ACC of Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 2.
+    """
+    R = _learned(R)
+    return R[-1].mean() if len(R) else R.new_tensor(torch.nan)
+
+
+def backward_transfer(R: Tensor, over: Over = "previous") -> Tensor:
+    """How learning later tasks changed the scores of earlier ones, 1/t Σ_{j<t} (R[t, j] − R[j, j]).
+
+    Args:
+        R: (T, T), NaN where not measured.
+        over: What the sum is divided by: the number of ``"previous"`` tasks, t, or of ``"all"``, t + 1, as
+            in the paper of BLIP.
+
+    Returns:
+        A scalar, negative where tasks were forgotten; NaN with fewer than two tasks or a missing entry.
+
+    Raises:
+        ValueError: If R is not square, or ``over`` is neither of the two.
+
+    Example:
+        >>> R = torch.tensor([[0.9, 0.5], [0.7, 0.8]])
+        >>> backward_transfer(R), backward_transfer(R, over="all")
+        (tensor(-0.2000), tensor(-0.1000))
+
+    Source:
+        BWT of Lopez-Paz and Ranzato, NeurIPS 2017, equation 3; divided by T in Shi et al., CVPR 2021,
+        section 4.
+    """
+    if over not in ("previous", "all"):
+        raise ValueError(f"over={over!r} must be 'previous' or 'all'")
+    R = _learned(R)
+    if len(R) < 2:
+        return R.new_tensor(torch.nan)
+    return (R[-1] - R.diagonal())[:-1].sum() / (len(R) - (over == "previous"))
+
+
+def forgetting(R: Tensor) -> Tensor:
+    """How far the scores fell below the best there ever was, 1/t Σ_{j<t} (max_{l<t} R[l, j] − R[t, j]).
+
+    Args:
+        R: (T, T), NaN where not measured; the best is that of what was measured.
+
+    Returns:
+        A scalar, positive where tasks were forgotten; NaN with fewer than two tasks or a missing entry.
+
+    Raises:
+        ValueError: If R is not square.
+
+    Example:
+        >>> forgetting(torch.tensor([[0.9, 0.5], [0.7, 0.8]]))
+        tensor(0.2000)
+
+    Source:
+        F_k of Chaudhry et al., Riemannian Walk, ECCV 2018, section 3.2.
+    """
+    R = _learned(R)
+    if len(R) < 2:
+        return R.new_tensor(torch.nan)
+    best = R[:-1, :-1].nan_to_num(nan=-torch.inf).amax(dim=0)
+    return (best.masked_fill(best.isinf(), torch.nan) - R[-1, :-1]).mean()
+
+
+def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
+    """How earlier tasks helped with later ones before these were learned, 1/t Σ_{1≤j≤t} (R[j−1, j] − b_j).
+
+    Args:
+        R: (T, T), NaN where not measured; scores on tasks that are still to come are needed.
+        baseline: (T,), b_j, the scores of the network at its random initialisation, measured before any
+            training.
+
+    Returns:
+        A scalar; NaN with fewer than two tasks or a missing entry.
+
+    Raises:
+        ValueError: If R is not square, or ``baseline`` has another length.
+
+    Example:
+        >>> forward_transfer(torch.tensor([[0.9, 0.6], [0.7, 0.8]]), baseline=torch.tensor([0.5, 0.5]))
+        tensor(0.1000)
+
+    Source:
+        FWT of Lopez-Paz and Ranzato, NeurIPS 2017, equation 4.
+    """
+    if baseline.shape != R.shape[:1]:
+        raise ValueError(
+            f"baseline of shape {tuple(baseline.shape)} must hold one score for each of {len(R)} tasks"
+        )
+    R = _learned(R)
+    if len(R) < 2:
+        return R.new_tensor(torch.nan)
+    return (R.diagonal(offset=1) - baseline[1 : len(R)].to(R)).mean()
+
+
+def _learned(R: Tensor) -> Tensor:
+    """The part of R that belongs to the tasks learned so far."""
+    if R.ndim != 2 or R.shape[0] != R.shape[1]:
+        raise ValueError(
+            f"R of shape {tuple(R.shape)} must be square: a row for each task learned, a column for each"
+        )
+    measured = R.diagonal().isfinite().nonzero()
+    tasks = int(measured[-1]) + 1 if len(measured) else 0
+    return R[:tasks, :tasks]
+
+
+def _mean_of_measured(matrices: Tensor) -> Tensor:
+    """(processes, T, T) to (T, T), over the processes that measured an entry."""
+    return matrices.nanmean(dim=0)
+
+
+class _MatrixMetric(Metric):
+    """Keeps R, entry by entry."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    matrix: Tensor
+
+    def __init__(self, tasks: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if tasks < 1:
+            raise ValueError(f"tasks={tasks} must be at least 1")
+        self.add_state("matrix", torch.full((tasks, tasks), torch.nan), dist_reduce_fx=_mean_of_measured)
+
+    def update(self, learned: int, task: int, score: float | Tensor) -> None:
+        """Notes a score.
+
+        Args:
+            learned: Index of the task that was learned last, i.
+            task: Index of the task that was scored, j.
+            score: R[i, j].
+        """
+        self.matrix[learned, task] = torch.as_tensor(score)
+
+
+class AverageScore(_MatrixMetric):
+    """:func:`average_score` as a metric.
+
+    Args:
+        tasks: T, how many tasks the sequence has.
+        kwargs: Of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = AverageScore(tasks=2)
+        >>> metric.update(learned=0, task=0, score=0.9)
+        >>> metric.compute()
+        tensor(0.9000)
+    """
+
+    def compute(self) -> Tensor:
+        """The average score."""
+        return average_score(self.matrix)
+
+
+class BackwardTransfer(_MatrixMetric):
+    """:func:`backward_transfer` as a metric.
+
+    Args:
+        tasks: T, how many tasks the sequence has.
+        over: ``"previous"`` or ``"all"``.
+        kwargs: Of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = BackwardTransfer(tasks=2)
+        >>> for learned, task, score in [(0, 0, 0.9), (1, 0, 0.7), (1, 1, 0.8)]:
+        ...     metric.update(learned, task, score)
+        >>> metric.compute()
+        tensor(-0.2000)
+    """
+
+    def __init__(self, tasks: int, over: Over = "previous", **kwargs: Any) -> None:
+        super().__init__(tasks, **kwargs)
+        self.over: Over = over
+
+    def compute(self) -> Tensor:
+        """The backward transfer."""
+        return backward_transfer(self.matrix, self.over)
+
+
+class Forgetting(_MatrixMetric):
+    """:func:`forgetting` as a metric.
+
+    Args:
+        tasks: T, how many tasks the sequence has.
+        kwargs: Of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = Forgetting(tasks=2)
+        >>> for learned, task, score in [(0, 0, 0.9), (1, 0, 0.7), (1, 1, 0.8)]:
+        ...     metric.update(learned, task, score)
+        >>> metric.compute()
+        tensor(0.2000)
+    """
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The forgetting."""
+        return forgetting(self.matrix)
+
+
+class ForwardTransfer(_MatrixMetric):
+    """:func:`forward_transfer` as a metric.
+
+    Args:
+        tasks: T, how many tasks the sequence has.
+        baseline: (T,), scores of the network at its random initialisation, measured before any training.
+        kwargs: Of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = ForwardTransfer(tasks=2, baseline=torch.tensor([0.5, 0.5]))
+        >>> for learned, task, score in [(0, 0, 0.9), (0, 1, 0.6), (1, 1, 0.8)]:
+        ...     metric.update(learned, task, score)
+        >>> metric.compute()
+        tensor(0.1000)
+    """
+
+    def __init__(self, tasks: int, baseline: Tensor, **kwargs: Any) -> None:
+        super().__init__(tasks, **kwargs)
+        self.baseline = baseline
+
+    def compute(self) -> Tensor:
+        """The forward transfer."""
+        return forward_transfer(self.matrix, self.baseline)

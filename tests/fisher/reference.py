@@ -1,0 +1,63 @@
+"""The slow, obviously right Fisher: one backward pass per sample, the gradients squared and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def categorical(output: Tensor, target: Tensor) -> Tensor:
+    return -F.cross_entropy(output, target, reduction="sum", ignore_index=-100)
+
+
+def gaussian(output: Tensor, target: Tensor) -> Tensor:
+    return torch.distributions.Normal(output, 1.0).log_prob(target).sum()
+
+
+def bernoulli(output: Tensor, target: Tensor) -> Tensor:
+    return torch.distributions.Bernoulli(logits=output).log_prob(target).sum()
+
+
+def slow_fisher(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    targets: Tensor,
+    log_prob: Callable[[Any, Tensor], Tensor] = categorical,
+) -> dict[str, Tensor]:
+    """The empirical diagonal Fisher of ``module`` in evaluation mode."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    parameters = dict(module.named_parameters())
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for i in range(len(targets)):
+        output = module(*(tensor[i : i + 1] for tensor in inputs))
+        total = log_prob(output, targets[i : i + 1])
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                sums[name] += grad**2
+    for part, mode in modes.items():
+        part.training = mode
+    return {name: total / len(targets) for name, total in sums.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-8) -> None:
+    """Elementwise, relative to each element; what is tiny beside its tensor's largest is rounding error."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = rtol * 1e-4 * float(value.abs().max())
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def in_batches(inputs: Any, targets: Any, size: int) -> list[tuple[Any, Any]]:
+    count = len(targets)
+    cut = [slice(start, start + size) for start in range(0, count, size)]
+    if isinstance(inputs, Tensor):
+        return [(inputs[part], targets[part]) for part in cut]
+    return [(tuple(tensor[part] for tensor in inputs), targets[part]) for part in cut]

@@ -1,0 +1,235 @@
+"""What may be passed in, and what every mistake is answered with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributions as D
+from torch import nn
+
+from lightning_blip.fisher import diagonal_fisher
+from tests.fisher.networks import Apply, TwoInputs
+from tests.fisher.reference import assert_same, in_batches, slow_fisher
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def data(samples=10):
+    return torch.randn(samples, 5), torch.randint(3, (samples,))
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6, 8, 10, 99])
+def test_samples_caps_exactly(samples):
+    layer, (inputs, targets), seen = nn.Linear(5, 3).double(), data(), []
+    inputs = inputs.double()
+    found = diagonal_fisher(
+        layer, in_batches(inputs, targets, 4), labels="empirical", samples=samples, progress=seen.append
+    )
+    used = min(samples, 10)
+    assert_same(found, slow_fisher(layer, (inputs[:used],), targets[:used]))
+    assert sum(seen) == used
+    assert len(seen) == -(-used // 4)
+
+
+def test_no_batch_is_fetched_beyond_the_cap():
+    def endless():
+        yield data(4)
+        yield data(4)
+        raise AssertionError("fetched a batch too many")
+
+    diagonal_fisher(nn.Linear(5, 3), endless(), samples=8)
+
+
+def test_inputs_by_position_and_by_name():
+    module, left, right = TwoInputs().double(), torch.randn(6, 5).double(), torch.randn(6, 4).double()
+    targets = torch.randint(3, (6,))
+    expected = slow_fisher(module, (left, right), targets)
+    for inputs in (
+        (left, right),
+        [left, right],
+        {"left": left, "right": right},
+        {"right": right, "left": left},
+    ):
+        assert_same(diagonal_fisher(module, [(inputs, targets)], labels="empirical"), expected)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_inputs_that_all_samples_share(own):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x, mask, flag):
+            assert flag == "text"
+            return (self.inner(x) * mask).sum(1) * self.scale
+
+    module, x = Masked().double(), torch.randn(6, 7, 4).double()
+    mask = torch.rand(7, 1).double() if not own else torch.rand(6, 7, 1).double()
+    targets = torch.randint(3, (6,))
+    masks = mask if own else mask.expand(6, 7, 1)
+
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x, mask):
+            return self.module(x, mask, "text")
+
+    expected = slow_fisher(Filled(), (x, masks), targets)
+    found = diagonal_fisher(module, [((x, mask, "text"), targets)], labels="empirical")
+    assert_same({f"module.{name}": value for name, value in found.items()}, expected)
+
+
+def test_a_batch_without_samples_is_skipped():
+    layer, (inputs, targets) = nn.Linear(5, 3), data()
+    expected = diagonal_fisher(layer, [(inputs, targets)])
+    found = diagonal_fisher(layer, [(inputs[:0], targets[:0]), (inputs, targets)])
+    assert torch.equal(found["weight"], expected["weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "poisson"}, r"likelihood='poisson' .*'categorical', 'gaussian', 'bernoulli'"),
+        ({"likelihood": 3}, "likelihood=3 .*callable"),
+        ({"labels": "true"}, 'labels=\'true\' .*"sampled" or "empirical"'),
+        ({"samples": 0}, "samples=0 .*at least 1"),
+        ({"samples": -3}, "samples=-3"),
+        ({"parameters": ["weight", "wieght"]}, "no parameter 'wieght'.*weight, bias"),
+        ({"parameters": []}, "none to estimate"),
+        ({"batches": []}, "held no sample"),
+        ({"batches": [(torch.zeros(0, 5), None)]}, "held no sample"),
+        ({"batches": [torch.zeros(2, 5, 5)]}, r"pairs \(inputs, targets\), not Tensor"),
+        ({"batches": [(torch.zeros(2, 5),)]}, r"pairs \(inputs, targets\)"),
+        ({"batches": [("text", None)]}, "at least one tensor"),
+        ({"labels": "empirical", "batches": [(torch.zeros(2, 5), None)]}, "needs a tensor of targets"),
+        ({"labels": "empirical", "batches": [(torch.zeros(2, 5), torch.zeros(2))]}, "class indices"),
+        (
+            {"labels": "empirical", "batches": [(torch.zeros(2, 5), torch.zeros(2, 4).long())]},
+            r"shape \(2,\)",
+        ),
+        ({"labels": "empirical", "likelihood": "gaussian"}, r"targets of shape \(2,\) do not fit"),
+        ({"labels": "empirical", "likelihood": lambda out: D.Normal(out[:, :1], 1.0)}, "do not fit"),
+    ],
+)
+def test_a_wrong_argument(options, message):
+    arguments = {"batches": [(torch.randn(2, 5), torch.randint(3, (2,)))], **options}
+    with pytest.raises(ValueError, match=message):
+        diagonal_fisher(nn.Linear(5, 3), **arguments)
+
+
+def test_targets_may_lack_a_dimension_of_length_one():
+    layer, inputs, targets = nn.Linear(5, 1).double(), torch.randn(8, 5).double(), torch.rand(8).round()
+    short = diagonal_fisher(layer, [(inputs, targets)], "bernoulli", "empirical")
+    assert_same(short, diagonal_fisher(layer, [(inputs, targets[:, None])], "bernoulli", "empirical"))
+    assert_same(short, diagonal_fisher(layer, in_batches(inputs, targets, 1), "bernoulli", "empirical"))
+
+
+def test_no_parameter_requires_gradients():
+    with pytest.raises(ValueError, match="none to estimate"):
+        diagonal_fisher(nn.Linear(5, 3).requires_grad_(False), [data()])
+
+
+def test_a_named_parameter_that_requires_no_gradients():
+    layer = nn.Linear(5, 3)
+    layer.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="'bias' does not require gradients"):
+        diagonal_fisher(layer, [data()], parameters=["bias"])
+
+
+def test_a_parameter_that_is_no_real_number():
+    layer = nn.Linear(5, 3)
+    layer.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    layer.count = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'phase' is torch\.complex64"):
+        diagonal_fisher(layer, [data()])
+    with pytest.raises(ValueError, match=r"'count' is torch\.int64"):
+        diagonal_fisher(layer, [data()], parameters=["count"])
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_log_probability_that_is_not_finite(bad):
+    batches = [data(4) for _ in range(3)]
+    batches[bad][0][3, 0] = torch.inf if bad else torch.nan
+    with pytest.raises(FloatingPointError, match=f"batch {bad} is not finite"):
+        diagonal_fisher(nn.Linear(5, 3), batches)
+
+
+@pytest.mark.parametrize("first", [4, 1])
+def test_samples_that_influence_each_other(first):
+    norm = nn.BatchNorm1d(5, track_running_stats=False) if first > 1 else Apply(lambda x: x - x.mean(0))
+    module = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3))
+    match = r"influence each other \(see 1.weight, 1.bias" if first > 1 else "influence each other"
+    with pytest.raises(ValueError, match=match):
+        diagonal_fisher(module, [data(first), data(4)])
+
+
+def test_an_output_that_is_not_the_batch():
+    module = nn.Sequential(nn.Linear(5, 3), Apply(lambda x: x.repeat(2, 1)))
+    with pytest.raises(ValueError, match="first dimension of inputs and output must be the batch"):
+        diagonal_fisher(module, [data()])
+
+
+def test_an_output_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"returned tuple, not a tensor .* callable"):
+        diagonal_fisher(nn.Sequential(nn.Linear(5, 3), Apply(lambda x: (x, x))), [data()])
+
+
+def test_categorical_needs_classes():
+    with pytest.raises(ValueError, match="bernoulli"):
+        diagonal_fisher(nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), [data()])
+
+
+def test_a_later_batch_that_is_not_first():
+    class Folding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]).sum(1)
+
+    batches = [(torch.randn(4, positions, 5), None) for positions in (1, 2)]
+    with pytest.raises(RuntimeError, match=r"layer 'inner' got inputs of shape \(8, 5\) in batch 1 of 4"):
+        diagonal_fisher(Folding(), batches)
+
+
+def test_a_module_without_gradients():
+    class Never(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+    module = nn.Sequential(nn.Linear(5, 3), Apply(Never.apply))
+    with pytest.raises(RuntimeError, match=r"gradients could be taken of 0\.weight, 0\.bias"):
+        diagonal_fisher(module, [data()])
+
+
+def test_a_parameter_without_gradients_per_sample():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if len(grad) == 1:
+                raise ArithmeticError("not for one")
+            return grad
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.ones(5)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(Once.apply(x * self.scale))
+
+    with pytest.raises(RuntimeError, match=r"gradients could be taken of scale: .*parameters="):
+        diagonal_fisher(Module(), [data()])

@@ -1,0 +1,178 @@
+"""Labels: drawn from the model's own prediction, whatever the batches; left out where they are -100."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributions as D
+from torch import nn
+
+from lightning_blip.fisher import diagonal_fisher
+from tests.fisher.networks import NETWORKS, Apply
+from tests.fisher.reference import assert_same, in_batches, slow_fisher
+
+SAMPLES = 130
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+LIKELIHOODS = {
+    "categorical": "categorical",
+    "gaussian": "gaussian",
+    "bernoulli": "bernoulli",
+    "normal": lambda out: D.Independent(D.Normal(out, out.exp()), 1),
+    "laplace": lambda out: D.Laplace(out, 2.0),
+    "classes": lambda out: D.Categorical(logits=out),
+    "yes or no": lambda out: D.Independent(D.Bernoulli(logits=out), 1),
+}
+
+
+def targets_for(name):
+    if name in ("categorical", "classes"):
+        return torch.randint(3, (SAMPLES,))
+    return torch.rand(SAMPLES, 3, dtype=torch.float64).round()
+
+
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_batches_do_not_matter(name, labels):
+    network = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    inputs, targets = torch.randn(SAMPLES, 5, dtype=torch.float64), targets_for(name)
+    one, seven, many = (
+        diagonal_fisher(network, in_batches(inputs, targets, size), LIKELIHOODS[name], labels)
+        for size in (1, 7, 64)
+    )
+    assert_same(one, many)
+    assert_same(seven, many)
+    assert all(value.abs().max() > 0 for value in many.values())
+
+
+def test_batches_do_not_matter_to_convolutions():
+    network = NETWORKS["conv2d"][0]().double()
+    inputs = torch.randn(66, 2, 8, 8, dtype=torch.float64)
+    one, seven, many = (
+        diagonal_fisher(network, in_batches(inputs, torch.zeros(66), size)) for size in (1, 7, 64)
+    )
+    assert_same(one, many)
+    assert_same(seven, many)
+
+
+def test_the_generator_decides_on_the_labels():
+    network, batch = nn.Linear(5, 3), (torch.randn(SAMPLES, 5), None)
+    first, again = diagonal_fisher(network, [batch]), diagonal_fisher(network, [batch])
+    seeded = [diagonal_fisher(network, [batch], generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    assert torch.equal(first["weight"], again["weight"])
+    assert torch.equal(first["weight"], seeded[0]["weight"])
+    assert not torch.equal(first["weight"], seeded[1]["weight"])
+
+
+def test_the_generator_gives_one_number_a_label():
+    generator, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    diagonal_fisher(nn.Linear(5, 3), [(torch.randn(10, 5), None)], generator=generator)
+    torch.rand(10, dtype=torch.float64, generator=plain)
+    assert torch.equal(generator.get_state(), plain.get_state())
+
+
+def test_sampled_converges_to_the_analytic_fisher():
+    layer = nn.Linear(4, 3).double()
+    inputs = torch.randn(10, 4, dtype=torch.float64)
+    p = layer(inputs).softmax(-1).detach()
+    expected = (p * (1 - p)).T @ inputs**2 / len(inputs)
+    found = diagonal_fisher(layer, in_batches(inputs.repeat(4_000, 1), torch.zeros(40_000), 5_000))
+    torch.testing.assert_close(found["weight"], expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(found["bias"], (p * (1 - p)).mean(0), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "information"),
+    [
+        ("gaussian", lambda out: torch.ones_like(out)),
+        ("bernoulli", lambda out: out.sigmoid() * (1 - out.sigmoid())),
+        (lambda out: D.Normal(out, 2.0), lambda out: torch.full_like(out, 0.25)),
+        (lambda out: D.Bernoulli(logits=out), lambda out: out.sigmoid() * (1 - out.sigmoid())),
+        (lambda out: D.Exponential(out.exp()), lambda out: torch.ones_like(out)),
+        (lambda out: D.Poisson(out.exp()), lambda out: out.exp()),
+        (
+            lambda out: D.MultivariateNormal(out, 4.0 * torch.eye(2, dtype=out.dtype)),
+            lambda out: torch.full_like(out, 0.25),
+        ),
+    ],
+)
+def test_every_kind_of_draw(likelihood, information):
+    layer = nn.Linear(4, 2).double()
+    inputs = torch.randn(10, 4, dtype=torch.float64)
+    expected = information(layer(inputs).detach()).T @ inputs**2 / len(inputs)
+    found = diagonal_fisher(
+        layer, in_batches(inputs.repeat(4_000, 1), torch.zeros(40_000), 5_000), likelihood
+    )
+    torch.testing.assert_close(found["weight"], expected, rtol=0.06, atol=0)
+
+
+def test_a_class_without_probability_is_never_drawn():
+    masked = nn.Sequential(nn.Linear(4, 3), Apply(lambda x: x + torch.tensor([-torch.inf, 0.0, -torch.inf])))
+    found = diagonal_fisher(masked, [(torch.randn(500, 4), None)])
+    assert all(value.abs().max() == 0 for value in found.values())
+
+
+def pixels():
+    return nn.Conv2d(2, 3, 3, padding=1).double(), torch.randn(9, 2, 4, 5, dtype=torch.float64), (4, 5)
+
+
+def tokens():
+    return nn.Linear(4, 3).double(), torch.randn(9, 6, 4, dtype=torch.float64), (6,)
+
+
+@pytest.mark.parametrize("make", [pixels, tokens])
+def test_pixels_and_tokens(make):
+    network, inputs, shape = make()
+    targets = torch.randint(3, (9, *shape))
+    targets[targets.new_zeros(targets.shape).bernoulli(0.3).bool()] = -100
+    targets[2] = -100
+
+    def log_prob(output, target):
+        logits = output if make is pixels else output.transpose(1, 2)
+        return -F.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+
+    found = diagonal_fisher(network, in_batches(inputs, targets, 4), labels="empirical")
+    assert_same(found, slow_fisher(network, (inputs,), targets, log_prob))
+
+
+def test_classes_come_first_where_both_dimensions_fit():
+    network, inputs = nn.Linear(4, 3).double(), torch.randn(9, 3, 4, dtype=torch.float64)
+    targets = torch.randint(3, (9, 3))
+    found = diagonal_fisher(network, [(inputs, targets)], labels="empirical")
+    assert_same(found, slow_fisher(network, (inputs,), targets))
+
+
+def test_sampled_leaves_out_the_same_positions():
+    network, inputs, shape = tokens()
+    targets = torch.zeros(9, *shape, dtype=torch.long)
+    targets[:, 3:] = -100
+    found = diagonal_fisher(network, [(inputs, targets)])
+    inputs[:, 3:] = 1e3  # where no label counts, the inputs do not count
+    again = diagonal_fisher(network, [(inputs, targets)])
+    assert_same(found, again)
+    assert found["weight"].max() < 1e2
+
+
+def test_sampled_pixels_are_drawn_each_by_itself():
+    layer = nn.Conv2d(1, 2, 1, bias=False).double()
+    inputs = torch.ones(2_000, 1, 3, 3, dtype=torch.float64)
+    p = layer(inputs[:1]).softmax(1)[0, 0, 0, 0].item()
+    found = diagonal_fisher(layer, in_batches(inputs, torch.zeros(2_000), 500))
+    # The variance of a sum of nine independent draws; one draw for all would give 81 instead.
+    assert found["weight"].flatten().tolist() == pytest.approx([9 * p * (1 - p)] * 2, rel=0.1)
+
+
+def test_an_output_with_logits():
+    layer, inputs, targets = nn.Linear(5, 3).double(), torch.randn(9, 5).double(), torch.randint(3, (9,))
+    wrapped = nn.Sequential(layer, Apply(lambda x: SimpleNamespace(logits=x)))
+    found = diagonal_fisher(wrapped, [(inputs, targets)], labels="empirical")
+    expected = slow_fisher(layer, (inputs,), targets)
+    assert_same(found, {f"0.{name}": value for name, value in expected.items()})

@@ -1,0 +1,95 @@
+"""From Fisher information to bits: both rules."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_blip.bits import FrozenBits
+from lightning_blip.information import (
+    add_precision,
+    average_fisher,
+    consolidate,
+    exact_bits,
+    information_gain,
+    paper_bits,
+)
+
+FISHERS = st.lists(
+    st.lists(st.floats(min_value=0, max_value=1e6, width=32), min_size=4, max_size=4), min_size=1, max_size=6
+)
+PRIORS = st.sampled_from([1e-11, 1e-6, 1e-3, 1.0])
+
+
+@given(FISHERS, PRIORS)
+def test_the_gains_of_the_exact_rule_telescope(fishers, prior):
+    theta = torch.tensor([0.1, -0.2, 0.3, 0.0])
+    frozen = FrozenBits.of(theta, 1.0, prior)
+    gains = [consolidate(theta, frozen, torch.tensor(fisher), "exact") for fisher in fishers]
+    whole = information_gain(frozen.precision, torch.tensor(prior))
+    torch.testing.assert_close(torch.stack(gains).sum(0), whole, rtol=1e-5, atol=1e-4)
+    assert torch.equal(frozen.bits, whole.ceil().clamp(0, 20).to(torch.uint8))
+
+
+@given(FISHERS, PRIORS, st.sampled_from(["exact", "paper"]), st.sampled_from(["strict", "paper"]))
+def test_bits_never_decrease_and_never_pass_the_most(fishers, prior, rule, cell):
+    theta = torch.tensor([0.1, -0.2, 0.3, 0.0])
+    frozen = FrozenBits.of(theta, 1.0, prior, max_bits=12, cell=cell)
+    for fisher in fishers:
+        before = frozen.bits
+        consolidate(theta, frozen, torch.tensor(fisher), rule)
+        assert (frozen.bits >= before).all()
+        assert (frozen.bits <= 12).all()
+
+
+@given(FISHERS, PRIORS, st.sampled_from(["exact", "paper"]))
+def test_frozen_codes_survive_every_boundary_in_the_strict_cell(fishers, prior, rule):
+    theta = torch.tensor([0.1, -0.2, 0.3, -0.999])
+    frozen = FrozenBits.of(theta, 1.0, prior)
+    for fisher in fishers:
+        bits, code = frozen.bits, frozen.code
+        consolidate(theta, frozen, torch.tensor(fisher), rule)
+        shift = 20 - bits.to(torch.int32)
+        assert torch.equal((code >> shift)[bits > 0], (frozen.code >> shift)[bits > 0])
+
+
+def test_a_task_without_information_freezes_nothing():
+    theta = torch.tensor([0.3])
+    for rule in ("exact", "paper"):
+        frozen = FrozenBits.of(theta, 1.0, 1e-6)
+        consolidate(theta.clone(), frozen, torch.zeros(1), rule)
+        assert frozen.bits.item() == 0
+
+
+def test_the_papers_rule_by_hand():
+    theta = torch.tensor([0.3])
+    frozen = FrozenBits.of(theta, 1.0, prior=1.0, cell="paper")
+    first = consolidate(theta, frozen, torch.tensor([31.0]), "paper")
+    assert first.item() == 2.0  # (31 + 1)/2 = 16 times the prior
+    assert (frozen.bits.item(), frozen.precision.item(), theta.item()) == (2, 16.0, 0.25)
+    second = consolidate(theta, frozen, torch.tensor([40.0]), "paper")
+    assert frozen.precision.item() == pytest.approx((40 + 2 * 16) / 3)
+    assert second.item() == pytest.approx(0.5 * torch.log2(torch.tensor(1.5)).item())
+    assert frozen.bits.item() == 3
+    third = consolidate(theta, frozen, torch.tensor([0.0]), "paper")
+    assert third.item() < 0
+    assert frozen.bits.item() == 3
+
+
+def test_the_exact_rule_by_hand():
+    theta = torch.tensor([0.3])
+    frozen = FrozenBits.of(theta, 1.0, prior=1.0)
+    consolidate(theta, frozen, torch.tensor([3.0]), "exact")
+    assert (frozen.bits.item(), frozen.precision.item()) == (1, 4.0)
+    consolidate(theta, frozen, torch.tensor([0.1]), "exact")
+    assert (frozen.bits.item(), frozen.precision.item()) == (2, pytest.approx(4.1))
+    assert theta.item() == pytest.approx(0.3, abs=2**-21)
+
+
+def test_the_formulas():
+    assert add_precision(torch.tensor(2.0), torch.tensor(3.0)).item() == 5.0
+    assert average_fisher(torch.tensor(2.0), torch.tensor(6.0), task=1).item() == 4.0
+    assert information_gain(torch.tensor(8.0), torch.tensor(2.0)).item() == 1.0
+    assert exact_bits(torch.tensor([2.0**60]), prior=1.0, max_bits=20).item() == 20
+    added = paper_bits(torch.tensor([5], dtype=torch.uint8), torch.tensor([1e9]), max_bits=20)
+    assert added.item() == 20
