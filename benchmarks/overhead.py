@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -153,6 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.manual_seed(0)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")

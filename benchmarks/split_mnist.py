@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_blip.metrics import average_score, backward_transfer
 
 from benchmarks import data
 from benchmarks.networks import Classifier, mlp
 from lightning_blip import BLIP, ForgettingCurves, TaskHeads, TaskSequenceDataModule
+from lightning_blip.metrics import average_score, backward_transfer
 from lightning_blip.streams import Task
 
 # The paper's own code on this stream with this network, optimizer, epochs and prior.
@@ -42,7 +44,7 @@ def run(folder: Path, seed: int, prior: float, epochs: int) -> tuple[float, floa
         ACC and BWT over the paper's T, in %, and what was frozen.
     """
     pl.seed_everything(seed, verbose=False)
-    train, test = data.load(folder, "mnist")
+    train, test = data.load(folder, "mnist", standardise=True)
     tasks = TaskSequenceDataModule.split_classes(
         train, test, classes_per_task=2, epochs_per_task=epochs, batch_size=64, seed=seed
     )
@@ -74,6 +76,8 @@ def main() -> None:
     parser.add_argument("--prior", type=float, default=1e-15, help="as the paper counts it")
     parser.add_argument("--epochs", type=int, default=3, help="of each task")
     arguments = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     scores, transfers = [], []
     for seed in range(arguments.seeds):
         start = time.perf_counter()

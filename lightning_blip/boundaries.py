@@ -198,7 +198,7 @@ class TaskStopping(pl.Callback):
         Returns:
             Whether the task should end here.
         """
-        score = task_score(trainer.callback_metrics, self.monitor, task.index)
+        score = task_score(trainer.callback_metrics, self.monitor, task.index, alone=True)
         if self.mode == "max":
             score = -score
         if score < self._best - self.min_delta:
@@ -230,13 +230,14 @@ class TaskStopping(pl.Callback):
         self._weights = state_dict["weights"]
 
 
-def task_score(metrics: Mapping[str, Tensor], name: str, task: int) -> float:
+def task_score(metrics: Mapping[str, Tensor], name: str, task: int, alone: bool) -> float:
     """What was logged of one task: Lightning adds the loader's number where there are several.
 
     Args:
         metrics: The Trainer's ``callback_metrics``.
         name: As in ``self.log(name, …)``.
         task: The task's index, which is that of its validation loader.
+        alone: Whether what was logged without a loader's number is of this task, too.
 
     Returns:
         The value.
@@ -245,10 +246,10 @@ def task_score(metrics: Mapping[str, Tensor], name: str, task: int) -> float:
         ValueError: If it was not logged.
 
     Example:
-        >>> task_score({"val_acc/dataloader_idx_1": torch.tensor(0.5)}, "val_acc", task=1)
+        >>> task_score({"val_acc/dataloader_idx_1": torch.tensor(0.5)}, "val_acc", task=1, alone=False)
         0.5
     """
-    for key in (f"{name}/dataloader_idx_{task}", name):
+    for key in (f"{name}/dataloader_idx_{task}", *([name] if alone else [])):
         if key in metrics:
             return float(metrics[key])
     raise ValueError(

@@ -69,7 +69,7 @@ class BLIP(pl.Callback):
 
     Raises:
         ValueError: If an argument is off. In a fit: if a pattern matches no parameter, a tracked parameter is
-            in half precision, or the module has no ``forward``.
+            in half precision, the module has no ``forward``, or the Trainer runs several processes.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[BLIP()], logger=False, enable_checkpointing=False)
@@ -183,6 +183,11 @@ class BLIP(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out early whether it can work with the module."""
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"The Trainer runs {trainer.world_size} processes, each of which would freeze other bits: "
+                "train with devices=1"
+            )
         if not is_overridden("forward", pl_module):
             raise ValueError(
                 f"{type(pl_module).__name__} has no forward: define forward(inputs), which training_step may "

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_blip.boundaries import log_metrics, sequence, task_score
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
@@ -18,9 +19,12 @@ from lightning_blip.streams import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 # More tasks than this, and numbers in the cells of the heat map are too small to read.
 _MOST_NUMBERS = 12
+# As many lines of the legend fit beside the curves.
+_MOST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,13 @@ class ForgettingCurves(pl.Callback):
         self._at_boundary = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes room for the scores of the sequence."""
-        if stage == "fit":
-            tasks = len(sequence(trainer))
-            if self.matrix.shape != (tasks, tasks):
-                self.matrix = torch.full((tasks, tasks), torch.nan)
+        """Makes room for the scores of the sequence, unless it is the rest of one that was begun."""
+        if stage != "fit":
+            return
+        tasks = sequence(trainer)
+        if len(self.matrix) != len(tasks) or tasks.learned == tasks.epoch == 0:
+            self.matrix = torch.full((len(tasks), len(tasks)), torch.nan)
+            self._history = []
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """The next validation is that of the network as the boundary leaves it."""
@@ -83,7 +89,7 @@ class ForgettingCurves(pl.Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         logged = {}
         for task in seen:
-            score = task_score(trainer.callback_metrics, self.metric, task.index)
+            score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)
             self.matrix[learning.index, task.index] = score
             logged[f"curves/{self.metric}/{task.name}"] = score
             self._history.append(
@@ -101,9 +107,9 @@ class ForgettingCurves(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the table and the picture."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
         if not self._history or not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_table(folder / "forgetting.csv")
         self._draw(folder / "forgetting.png")
@@ -114,8 +120,10 @@ class ForgettingCurves(pl.Callback):
         return {"matrix": self.matrix, "history": [asdict(score) for score in self._history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from the scores of a saved fit."""
-        self.matrix = state_dict["matrix"]
+        """Goes on from the scores of a saved fit, whose sequence may have been shorter."""
+        saved: Tensor = state_dict["matrix"]
+        more = max(0, len(self.matrix) - len(saved))
+        self.matrix = F.pad(saved, (0, more, 0, more), value=torch.nan)
         self._history = [_Score(**score) for score in state_dict["history"]]
 
     def _write_table(self, path: Path) -> None:
@@ -128,41 +136,50 @@ class ForgettingCurves(pl.Callback):
         # Drawing is rare and matplotlib slow to import; a Figure of one's own leaves pyplot's state alone.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        tasks = list(dict.fromkeys(score.task for score in self._history))
+        figure = Figure(figsize=(13, 4.8), layout="constrained")
         curves, matrix = figure.subplots(1, 2, width_ratios=[3, 2])
-        self._draw_curves(curves)
-        image = self._draw_matrix(matrix)
+        self._draw_curves(curves, tasks)
+        image = self._draw_matrix(matrix, tasks)
         figure.colorbar(image, ax=matrix, label=self.metric)
         figure.savefig(path, dpi=120)
 
-    def _draw_curves(self, axes: Axes) -> None:
+    def _draw_curves(self, axes: Axes, tasks: list[str]) -> None:
         from matplotlib import colormaps
 
-        tasks = list(dict.fromkeys(score.task for score in self._history))
         for index, name in enumerate(tasks):
             scores = [score for score in self._history if score.task == name]
             axes.plot(
                 [score.epoch + 1 for score in scores],
                 [score.score for score in scores],
-                color=colormaps["viridis"](index / max(1, len(tasks) - 1)),
+                color=colormaps["viridis"](0.9 * index / max(1, len(tasks) - 1)),  # its yellow is too pale
                 marker="." if len(scores) == 1 else None,
                 label=name,
             )
         for epoch in sorted({score.epoch for score in self._history if score.boundary}):
-            axes.axvline(epoch + 1, color="0.85", linewidth=1, zorder=0)
-        axes.set(xlabel="epoch", ylabel=self.metric, title="Score of each task over the sequence")
-        axes.legend(title="task", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axes.axvline(epoch + 1, color="0.8", linestyle="--", linewidth=1, zorder=0)
+        axes.set(xlabel="epoch (dashed: the end of a task)", ylabel=self.metric)
+        axes.set_title("Score on each task while the sequence is learned")
+        axes.locator_params(axis="x", integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(
+            title="task", fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5),
+            ncols=1 + (len(tasks) - 1) // _MOST_LINES,
+        )  # fmt: skip
 
-    def _draw_matrix(self, axes: Axes) -> Any:
+    def _draw_matrix(self, axes: Axes, tasks: list[str]) -> AxesImage:
         R = self.matrix.numpy()
         image = axes.imshow(R, cmap="viridis", interpolation="nearest")
         if len(R) <= _MOST_NUMBERS:
-            for i, j in torch.isfinite(self.matrix).nonzero().tolist():
-                dark = float(image.norm(float(R[i, j]))) < 0.5
+            low, high = image.get_clim()
+            for i, j in self.matrix.isfinite().nonzero().tolist():
                 axes.text(
                     j, i, f"{R[i, j]:.2f}", ha="center", va="center", fontsize="small",
-                    color="white" if dark else "black",
+                    color="white" if 2 * R[i, j] < low + high else "black",
                 )  # fmt: skip
-            axes.set(xticks=range(len(R)), yticks=range(len(R)))
-        axes.set(xlabel="score on task", ylabel="after learning task", title="R")
+            axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(tasks)), tasks)
+        else:
+            axes.locator_params(integer=True)
+        axes.set(xlabel="score on task", ylabel="after learning task", title="R: scores after each task")
         return image

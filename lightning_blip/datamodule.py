@@ -46,7 +46,8 @@ class TaskSequenceDataModule(pl.LightningDataModule):
         seed: Of the order of the samples, which depends on it, the task and the epoch alone.
 
     Raises:
-        ValueError: If there is no task, one has no data, only some can be validated, or an argument is off.
+        ValueError: If there is no task, one has no data, two share a name, only some can be validated, or
+            an argument is off.
 
     Example:
         >>> digits = TensorDataset(torch.zeros(40, 8), torch.arange(40) % 10)
@@ -263,6 +264,10 @@ def _as_it_is(batch: Any) -> Any:
 def _check_tasks(tasks: Sequence[Task]) -> None:
     if not tasks:
         raise ValueError("tasks=[] is no sequence: give at least one Task")
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Tasks share the names {twice}: logs and curves go by name, give each its own")
     for task in tasks:
         for part in ("train", "val", "test"):
             samples = getattr(task, part)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -19,17 +20,22 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lightning_blip.callback import BLIP
 from lightning_blip.curves import ForgettingCurves
 from lightning_blip.datamodule import TaskSequenceDataModule
+from lightning_blip.heads import TaskHeads
 from lightning_blip.metrics import average_score, backward_transfer
 
 
 class Digits(pl.LightningModule):
-    """A small classifier with one head that all tasks share."""
+    """A small classifier with a head for each task."""
 
-    def __init__(self, hidden: int, learning_rate: float) -> None:
+    def __init__(self, tasks: int, hidden: int, learning_rate: float) -> None:
         super().__init__()
         self.learning_rate = learning_rate
         self.network = nn.Sequential(
-            nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+            nn.Linear(64, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            TaskHeads(hidden, classes=[10] * tasks),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +70,8 @@ def demo(
     tasks: int = 10,
     epochs: int = 20,
     hidden: int = 100,
-    learning_rate: float = 0.05,
-    batch_size: int = 10,
+    learning_rate: float = 0.3,
+    batch_size: int = 32,
     prior: float = 1e-6,
     pull: float = 3.0,
     scale: float = 0.5,
@@ -110,7 +116,7 @@ def demo(
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        trainer.fit(Digits(hidden, learning_rate), datamodule=stream)
+        trainer.fit(Digits(tasks, hidden, learning_rate), datamodule=stream)
         results[name] = curves.matrix
         console.print(_scores(name, curves.matrix))
     summary = Table(title="After the last task")
@@ -124,8 +130,9 @@ def demo(
             "" if blip is None else f"{100 * blip.used_capacity:.1f}",
         )
     console.print(summary)
+    console.print(f"Both in one picture: {_draw(results, output / 'demo.png')}")
     for name in methods:
-        console.print(f"Curves and matrix of {name}: {output / name / 'forgetting.png'}")
+        console.print(f"Curves of {name}: {output / name / 'forgetting.png'}")
 
 
 def _scores(name: str, matrix: Tensor) -> Table:
@@ -137,3 +144,19 @@ def _scores(name: str, matrix: Tensor) -> Table:
         cells = ["" if score.isnan() else f"{100 * score:.0f}" for score in row]
         table.add_row(str(learned), *cells)
     return table
+
+
+def _draw(results: dict[str, Tensor], path: Path) -> Path:
+    """R of each method on the same scale, and the mean over the tasks learned so far."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    means, *maps = figure.subplots(1, 1 + len(results))
+    for axes, (name, matrix) in zip(maps, results.items(), strict=True):
+        image = axes.imshow(100 * matrix.numpy(), vmin=0, vmax=100, cmap="viridis")
+        axes.set(title=f"{name}: accuracy on each task", xlabel="task", ylabel="after learning task")
+        learned = range(1, 1 + len(matrix))
+        means.plot(learned, 100 * matrix.nanmean(dim=1).numpy(), marker="o", label=name)
+    figure.colorbar(image, ax=maps, label="accuracy in %")
+    means.set(title="Mean accuracy over the tasks learned", xlabel="tasks learned", ylim=(0, 100))
+    means.legend(loc="lower left")
+    figure.savefig(path, dpi=100)
+    return path

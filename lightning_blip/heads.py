@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 
 class TaskHeads(nn.Module):
@@ -33,7 +34,9 @@ class TaskHeads(nn.Module):
     def __init__(self, in_features: int, classes: Sequence[int], bias: bool = True) -> None:
         super().__init__()
         if not classes or min(classes) < 1:
-            raise ValueError(f"classes={classes} must give every task, and at least one, a number of classes")
+            raise ValueError(
+                f"classes={classes} must hold one number for each task, at least 1: classes=[2, 2]"
+            )
         self.heads = nn.ModuleList(nn.Linear(in_features, count, bias) for count in classes)
         self._active = 0
 
@@ -47,12 +50,20 @@ class TaskHeads(nn.Module):
         if not 0 <= task < len(self):
             raise ValueError(f"active={task} is none of the {len(self)} heads, 0 to {len(self) - 1}")
         self._active = task
-        # Optimizers pass over parameters without a gradient, but not over those with one that is zero. While
-        # evaluating, the gradients stay: they may be those of a step that is still being accumulated.
-        if self.training:
-            for index, head in enumerate(self.heads):
-                if index != task:
-                    head.zero_grad(set_to_none=True)
+        self._rest()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; another head may have become active while evaluating.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            The module itself.
+        """
+        super().train(mode)
+        self._rest()
+        return self
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -72,3 +83,11 @@ class TaskHeads(nn.Module):
     def extra_repr(self) -> str:
         """Which head is active."""
         return f"active={self._active}"
+
+    def _rest(self) -> None:
+        # Optimizers pass over parameters without a gradient, but not over those with one that is zero. While
+        # evaluating, the gradients stay: they may be those of a step that is still being accumulated.
+        if self.training:
+            for index, head in enumerate(self.heads):
+                if index != self._active:
+                    head.zero_grad(set_to_none=True)

@@ -7,16 +7,19 @@ measured: a matrix of which only the first rows are filled is fine.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 Over = Literal["previous", "all"]
 
 
-def average_score(R: Tensor) -> Tensor:
+def average_score(R: Tensor | ArrayLike) -> Tensor:
     """The average score over all tasks learned so far, 1/(t+1) Σ_{j≤t} R[t, j].
 
     Args:
@@ -39,7 +42,7 @@ def average_score(R: Tensor) -> Tensor:
     return R[-1].mean() if len(R) else R.new_tensor(torch.nan)
 
 
-def backward_transfer(R: Tensor, over: Over = "previous") -> Tensor:
+def backward_transfer(R: Tensor | ArrayLike, over: Over = "previous") -> Tensor:
     """How learning later tasks changed the scores of earlier ones, 1/t Σ_{j<t} (R[t, j] − R[j, j]).
 
     Args:
@@ -70,11 +73,12 @@ def backward_transfer(R: Tensor, over: Over = "previous") -> Tensor:
     return (R[-1] - R.diagonal())[:-1].sum() / (len(R) - (over == "previous"))
 
 
-def forgetting(R: Tensor) -> Tensor:
+def forgetting(R: Tensor | ArrayLike) -> Tensor:
     """How far the scores fell below the best there ever was, 1/t Σ_{j<t} (max_{l<t} R[l, j] − R[t, j]).
 
     Args:
-        R: (T, T), NaN where not measured; the best is that of what was measured.
+        R: (T, T), NaN where not measured; of the scores on tasks that were still to come, those that were
+            measured count.
 
     Returns:
         A scalar, positive where tasks were forgotten; NaN with fewer than two tasks or a missing entry.
@@ -92,11 +96,14 @@ def forgetting(R: Tensor) -> Tensor:
     R = _learned(R)
     if len(R) < 2:
         return R.new_tensor(torch.nan)
-    best = R[:-1, :-1].nan_to_num(nan=-torch.inf).amax(dim=0)
-    return (best.masked_fill(best.isinf(), torch.nan) - R[-1, :-1]).mean()
+    past = R[:-1, :-1]
+    # Only a task that was still to come may lack a score: any other that is missing could be the best.
+    to_come = torch.ones_like(past, dtype=torch.bool).triu(diagonal=1)
+    best = past.masked_fill(to_come & past.isnan(), -torch.inf).amax(dim=0)
+    return (best - R[-1, :-1]).mean()
 
 
-def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
+def forward_transfer(R: Tensor | ArrayLike, baseline: Tensor | ArrayLike) -> Tensor:
     """How earlier tasks helped with later ones before these were learned, 1/t Σ_{1≤j≤t} (R[j−1, j] − b_j).
 
     Args:
@@ -117,6 +124,7 @@ def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
     Source:
         FWT of Lopez-Paz and Ranzato, NeurIPS 2017, equation 4.
     """
+    R, baseline = _square(R), torch.as_tensor(baseline)
     if baseline.shape != R.shape[:1]:
         raise ValueError(
             f"baseline of shape {tuple(baseline.shape)} must hold one score for each of {len(R)} tasks"
@@ -127,12 +135,19 @@ def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
     return (R.diagonal(offset=1) - baseline[1 : len(R)].to(R)).mean()
 
 
-def _learned(R: Tensor) -> Tensor:
-    """The part of R that belongs to the tasks learned so far."""
+def _square(R: Tensor | ArrayLike) -> Tensor:
+    """R as a matrix of floating-point numbers, in no less than the default precision."""
+    R = torch.as_tensor(R)
     if R.ndim != 2 or R.shape[0] != R.shape[1]:
         raise ValueError(
             f"R of shape {tuple(R.shape)} must be square: a row for each task learned, a column for each"
         )
+    return R.to(torch.promote_types(R.dtype, torch.get_default_dtype()))
+
+
+def _learned(R: Tensor | ArrayLike) -> Tensor:
+    """The part of R that belongs to the tasks learned so far."""
+    R = _square(R)
     measured = R.diagonal().isfinite().nonzero()
     tasks = int(measured[-1]) + 1 if len(measured) else 0
     return R[:tasks, :tasks]
@@ -144,9 +159,10 @@ def _mean_of_measured(matrices: Tensor) -> Tensor:
 
 
 class _MatrixMetric(Metric):
-    """Keeps R, entry by entry."""
+    """Keeps R, entry by entry, in the module's checkpoint too."""
 
-    full_state_update = False
+    # Otherwise forward() would merge by dist_reduce_fx, and a task scored again have the mean of its scores.
+    full_state_update = True
     is_differentiable = False
     higher_is_better = True
     matrix: Tensor
@@ -155,16 +171,25 @@ class _MatrixMetric(Metric):
         super().__init__(**kwargs)
         if tasks < 1:
             raise ValueError(f"tasks={tasks} must be at least 1")
-        self.add_state("matrix", torch.full((tasks, tasks), torch.nan), dist_reduce_fx=_mean_of_measured)
+        unmeasured = torch.full((tasks, tasks), torch.nan)
+        self.add_state("matrix", unmeasured, dist_reduce_fx=_mean_of_measured, persistent=True)
 
     def update(self, learned: int, task: int, score: float | Tensor) -> None:
-        """Notes a score.
+        """Notes a score; of a task that is scored again, the last.
 
         Args:
             learned: Index of the task that was learned last, i.
             task: Index of the task that was scored, j.
             score: R[i, j].
+
+        Raises:
+            ValueError: If there is no such task.
         """
+        tasks = len(self.matrix)
+        if not (0 <= learned < tasks and 0 <= task < tasks):
+            raise ValueError(
+                f"learned={learned} and task={task} must be indices of the {tasks} tasks, 0 to {tasks - 1}"
+            )
         self.matrix[learned, task] = torch.as_tensor(score)
 
 
@@ -205,6 +230,7 @@ class BackwardTransfer(_MatrixMetric):
 
     def __init__(self, tasks: int, over: Over = "previous", **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
+        backward_transfer(self.matrix, over)  # refuses a wrong argument now, not when the tasks are learned
         self.over: Over = over
 
     def compute(self) -> Tensor:
@@ -250,8 +276,11 @@ class ForwardTransfer(_MatrixMetric):
         tensor(0.1000)
     """
 
-    def __init__(self, tasks: int, baseline: Tensor, **kwargs: Any) -> None:
+    def __init__(self, tasks: int, baseline: Tensor | ArrayLike, **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
+        forward_transfer(
+            self.matrix, baseline
+        )  # refuses a wrong argument now, not when the tasks are learned
         self.baseline = baseline
 
     def compute(self) -> Tensor:

@@ -399,6 +399,12 @@ def test_bad_arguments_get_one_clear_sentence(make, message):
         make()
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match=r"2 processes, .* devices=1"):
+        BLIP().on_fit_start(pl.Trainer(**QUIET), Net())
+
+
 def test_batches_that_cannot_be_read_are_refused_at_the_first_one():
     class Alone(Net):
         def training_step(self, batch, batch_idx):

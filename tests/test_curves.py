@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-from lightning_blip import BLIP, ForgettingCurves
+from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from tests.networks import QUIET, Net, blobs, pairs
 
@@ -95,10 +95,8 @@ def test_the_table_has_a_row_for_each_score(tmp_path):
     assert float(boundary[-1]["score"]) == pytest.approx(curves.matrix[2, 2].item())
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 14])
+@pytest.mark.parametrize("tasks", [1, 2, 20])
 def test_the_picture_is_drawn_whatever_the_number_of_tasks(tmp_path, tasks):
-    from lightning_blip import TaskSequenceDataModule
-
     stream = TaskSequenceDataModule.permute_inputs(blobs(), blobs(seed=1), tasks=tasks, batch_size=60)
     fit(ForgettingCurves("val_acc"), stream, default_root_dir=tmp_path)
     picture = (tmp_path / "forgetting.png").read_bytes()
@@ -122,6 +120,77 @@ def test_a_resumed_fit_adds_to_the_scores(tmp_path):
     assert table(tmp_path / "second") == table(tmp_path / "whole")
 
 
+def test_a_fit_resumed_with_more_tasks_makes_room_for_them(tmp_path):
+    def rotated(*degrees):
+        images = torch.utils.data.TensorDataset(torch.rand(24, 1, 4, 4), torch.arange(24) % 6)
+        return TaskSequenceDataModule.rotate(images, images, degrees=degrees)
+
+    class FlatNet(Net):
+        def forward(self, x):
+            return super().forward(x.flatten(1)[:, :8])
+
+    first, more = ForgettingCurves("val_acc"), ForgettingCurves("val_acc")
+    trainer = fit(first, rotated(0, 30), FlatNet(), default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    fit(more, rotated(0, 30, 60), FlatNet(), ckpt_path=tmp_path / "two.ckpt", default_root_dir=tmp_path)
+    torch.testing.assert_close(more.matrix[:2, :2], first.matrix, equal_nan=True)
+    assert more.matrix[2].isfinite().all()
+
+
+def test_the_same_callback_starts_afresh_with_a_new_sequence(tmp_path):
+    again, once = ForgettingCurves("val_acc"), ForgettingCurves("val_acc")
+    fit(again, default_root_dir=tmp_path / "first")
+    for curves, folder in ((again, "again"), (once, "once")):
+        torch.manual_seed(1)
+        fit(curves, default_root_dir=tmp_path / folder)
+    torch.testing.assert_close(again.matrix, once.matrix, equal_nan=True)
+    assert table(tmp_path / "again") == table(tmp_path / "once")
+
+
+def test_the_same_callback_goes_on_with_the_rest_of_a_sequence(tmp_path):
+    curves, tasks, module = ForgettingCurves("val_acc"), pairs(), Net()
+    fit(curves, tasks, module, max_epochs=3, default_root_dir=tmp_path / "first")
+    part = curves.matrix.clone()
+    fit(curves, tasks, module, default_root_dir=tmp_path / "rest")
+    torch.testing.assert_close(curves.matrix[0], part[0], equal_nan=True)
+    assert {row["learning"] for row in table(tmp_path / "rest")} == {"0-1", "2-3", "4-5"}
+
+
+def test_all_processes_ask_for_the_folder_and_one_writes(tmp_path):
+    # The folder is broadcast: a process that does not ask leaves the others waiting forever.
+    class Process:
+        asked = False
+        default_root_dir = tmp_path
+
+        def __init__(self, is_global_zero):
+            self.is_global_zero = is_global_zero
+
+        @property
+        def log_dir(self):
+            self.asked = True
+            return tmp_path / "logs"
+
+    curves = ForgettingCurves("val_acc")
+    fit(curves, default_root_dir=tmp_path / "fit")
+    other, main = Process(is_global_zero=False), Process(is_global_zero=True)
+    curves.on_train_end(other, Net())
+    assert other.asked
+    assert not (tmp_path / "logs").exists()
+    curves.on_train_end(main, Net())
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"forgetting.csv", "forgetting.png"}
+
+
+def test_a_diverged_fit_still_gets_its_table_and_picture(tmp_path):
+    class Diverged(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val_acc", torch.nan)
+
+    curves = ForgettingCurves("val_acc")
+    fit(curves, module=Diverged(), default_root_dir=tmp_path)
+    assert {row["score"] for row in table(tmp_path)} == {"nan"}
+    assert (tmp_path / "forgetting.png").exists()
+
+
 def test_validating_outside_a_fit_records_nothing(tmp_path):
     curves = ForgettingCurves("val_acc")
     tasks = pairs()
@@ -134,6 +203,18 @@ def test_validating_outside_a_fit_records_nothing(tmp_path):
 def test_a_metric_that_is_never_logged_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"'val_accuracy' was not logged for task 0, only \[.*'val_acc'\]"):
         fit(ForgettingCurves("val_accuracy"), default_root_dir=tmp_path)
+
+
+def test_a_score_logged_once_for_all_tasks_is_not_taken_for_each(tmp_path):
+    class Once(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+        def on_validation_epoch_end(self):
+            self.log("val_acc", 0.5)
+
+    with pytest.raises(ValueError, match="'val_acc' was not logged for task 0"):
+        fit(ForgettingCurves("val_acc"), module=Once(), default_root_dir=tmp_path)
 
 
 def test_other_data_modules_are_refused():

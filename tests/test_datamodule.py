@@ -141,6 +141,10 @@ EMPTY = TensorDataset(torch.zeros(0, 8), torch.zeros(0))
             ),
             r"\['b'\] have no val set while others do",
         ),
+        (
+            lambda: TaskSequenceDataModule([Task("a", train=blobs()), Task("a", train=blobs())]),
+            r"share the names \['a'\]",
+        ),
         (lambda: pairs(epochs_per_task=[1, 2]), r"epochs_per_task=\[1, 2\] .* each of the 3 tasks"),
         (lambda: pairs(epochs_per_task=0), "epochs_per_task=0"),
         (lambda: pairs(batch_size=0), "batch_size=0"),

@@ -1,5 +1,7 @@
 """TaskHeads: the active head learns, the others rest."""
 
+import re
+
 import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
@@ -31,6 +33,22 @@ def test_a_head_that_is_not_active_is_never_moved(make, set_to_none):
             assert torch.equal(value, before[name]) is not name.startswith(f"heads.{task}.")
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_a_head_left_while_evaluating_rests_once_training_goes_on(make):
+    heads = TaskHeads(4, classes=[2, 2])
+    optimizer = make(heads.parameters())
+    heads(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    heads.eval()
+    heads.active = 1
+    heads.train()
+    before = heads.heads[0].weight.clone()
+    optimizer.zero_grad(set_to_none=False)
+    heads(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(heads.heads[0].weight, before)
+
+
 def test_looking_at_another_head_in_evaluation_keeps_the_gradient_being_accumulated():
     heads = TaskHeads(4, classes=[2, 2])
     heads.active = 1
@@ -54,9 +72,16 @@ def test_each_task_has_its_width_and_the_state_is_that_of_the_heads():
     assert "active=1" in repr(heads)
 
 
-@pytest.mark.parametrize("classes", [[], [2, 0]])
+def test_which_head_is_active_is_not_part_of_the_weights():
+    heads, restored = TaskHeads(4, classes=[2, 2]), TaskHeads(4, classes=[2, 2])
+    heads.active = 1
+    restored.load_state_dict(heads.state_dict())
+    assert restored.active == 0
+
+
+@pytest.mark.parametrize("classes", [[], [2, 0], [-1]])
 def test_tasks_without_classes_are_refused(classes):
-    with pytest.raises(ValueError, match="classes="):
+    with pytest.raises(ValueError, match=re.escape(f"classes={classes} must hold one number for each task")):
         TaskHeads(4, classes=classes)
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +68,28 @@ def test_undefined_is_nan():
     assert forgetting(torch.tensor([[NAN, NAN], [0.9, 0.8]])).isnan()
 
 
+def test_a_past_score_that_was_not_measured_leaves_forgetting_undefined():
+    R = torch.tensor([[0.9, NAN, NAN], [NAN, 0.6, NAN], [0.7, 0.6, 0.8]])  # the best on task 0 is unknown
+    assert forgetting(R).isnan()
+    R[1, 0] = 0.5
+    assert forgetting(R).item() == pytest.approx((0.2 + 0.0) / 2)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.double])
+def test_scores_come_in_any_array(convert):
+    R, baseline = convert(torch.tensor([[0.9, 0.6], [0.7, 0.8]])), convert(torch.tensor([0.5, 0.5]))
+    assert average_score(R).item() == pytest.approx(0.75)
+    assert backward_transfer(R).item() == pytest.approx(-0.2)
+    assert forgetting(R).item() == pytest.approx(0.2)
+    assert forward_transfer(R, baseline).item() == pytest.approx(0.1)
+
+
+def test_counts_are_scores_and_precision_is_kept():
+    assert average_score(np.array([[3, 0], [1, 2]])).item() == 1.5
+    assert average_score(np.full((1, 1), 0.1)).item() == 0.1
+    assert average_score(torch.full((1, 1), 0.5, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 def test_forgetting_counts_from_the_best_and_backward_transfer_from_the_first():
     R = torch.tensor([[0.5, NAN, NAN], [0.9, 0.6, NAN], [0.7, 0.6, 0.8]])
     assert forgetting(R).item() == pytest.approx((0.2 + 0.0) / 2)
@@ -104,17 +127,33 @@ def test_forward_gives_the_metric_of_the_one_score_and_keeps_all():
     assert metric.compute().item() == pytest.approx(0.6)
 
 
+def test_a_task_scored_again_has_its_last_score():
+    by_update, by_forward = AverageScore(2), AverageScore(2)
+    for score in (0.4, 0.8):
+        by_update.update(0, 0, score)
+        assert by_forward(0, 0, score).item() == pytest.approx(score)
+    assert by_forward.compute() == by_update.compute()
+    assert by_update.compute().item() == pytest.approx(0.8)
+
+
+def test_the_scores_go_into_the_checkpoint():
+    metric, restored = AverageScore(2), AverageScore(2)
+    metric.update(0, 0, 0.8)
+    restored.load_state_dict(metric.state_dict())
+    torch.testing.assert_close(restored.matrix, metric.matrix, equal_nan=True)
+
+
 def test_processes_share_what_each_measured():
     first, second = AverageScore(2), AverageScore(2)
     first.update(0, 0, 0.8)
     second.update(0, 0, 0.6)
     second.update(1, 0, 0.5)
     second.update(1, 1, 0.9)
-    reduce = first._reductions["matrix"]
-    matrix = reduce(torch.stack([first.matrix, second.matrix]))
-    assert matrix[0, 0].item() == pytest.approx(0.7)
-    assert average_score(matrix).item() == pytest.approx(0.7)
-    assert matrix[0, 1].isnan()
+    first.sync(dist_sync_fn=lambda matrix, group: [matrix, second.matrix], distributed_available=lambda: True)
+    torch.testing.assert_close(first.matrix, torch.tensor([[0.7, NAN], [0.5, 0.9]]), equal_nan=True)
+    first.unsync()
+    assert first.matrix[0, 0].item() == pytest.approx(0.8)
+    assert first.matrix[1].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +163,12 @@ def test_processes_share_what_each_measured():
         (lambda: average_score(torch.zeros(4)), r"R of shape \(4,\) must be square"),
         (lambda: backward_transfer(torch.zeros(2, 2), over="some"), "over='some'"),
         (lambda: forward_transfer(torch.zeros(2, 2), torch.zeros(3)), r"baseline of shape \(3,\)"),
+        (lambda: forward_transfer(torch.zeros(2, 3), torch.zeros(3)), r"R of shape \(2, 3\) must be square"),
         (lambda: AverageScore(0), "tasks=0"),
+        (lambda: BackwardTransfer(2, over="some"), "over='some'"),
+        (lambda: ForwardTransfer(2, baseline=torch.zeros(3)), r"baseline of shape \(3,\)"),
+        (lambda: AverageScore(2).update(-1, 0, 0.5), "learned=-1 and task=0 .* 2 tasks, 0 to 1"),
+        (lambda: AverageScore(2).update(1, 2, 0.5), "learned=1 and task=2 .* 2 tasks, 0 to 1"),
     ],
 )
 def test_bad_arguments_get_one_clear_sentence(make, message):

@@ -132,6 +132,23 @@ class DataDependent(nn.Module):
         return self.last(torch.stack(rows))
 
 
+class HeldBesides(nn.Module):
+    """Uses a parameter through a list, where replacing the module's own has no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.rand(5) + 0.5), nn.Linear(5, 3)
+        self.held = [self.scale]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x * self.held[0])
+
+    def double(self) -> HeldBesides:
+        super().double()
+        self.held = [self.scale]
+        return self
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -211,6 +228,7 @@ NETWORKS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "lstm": (lambda: Recurrent(nn.LSTM), ((6, 4),)),
     "bare": (Bare, ((5,),)),
     "data dependent": (DataDependent, ((5,),)),
+    "held besides": (HeldBesides, ((5,),)),
     "two inputs": (TwoInputs, ((5,), (4,))),
     "batch norm": (_batch_norm, (_image,)),
     "group and layer norm": (
