@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -213,9 +213,9 @@ class BLIP(pl.Callback):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Consolidates the task that was just learned."""
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        quiet = trainer.progress_bar_callback is None
         try:
-            report = self._consolidate(pl_module, loader, quiet)
+            report = self._consolidate(pl_module, _as_in_training(trainer, loader), _size(loader), quiet)
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
         log_metrics(trainer, report)
@@ -242,9 +242,10 @@ class BLIP(pl.Callback):
             >>> blip.tasks_learned, sorted(blip.bits())
             (1, ['bias', 'weight'])
         """
-        return self._consolidate(
-            module.lightning_module if isinstance(module, pl.Trainer) else module, dataloader
-        )
+        if isinstance(module, pl.Trainer):
+            batches = _as_in_training(module, dataloader)
+            return self._consolidate(module.lightning_module, batches, _size(dataloader))
+        return self._consolidate(module, dataloader, _size(dataloader))
 
     def wrap(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> FrozenBitsOptimizer:
         """Protects the parameters from an optimizer, in a loop of one's own; a Trainer's are by themselves.
@@ -364,18 +365,17 @@ class BLIP(pl.Callback):
 
     @torch.no_grad()
     def _consolidate(
-        self, module: nn.Module, dataloader: Iterable[Any], quiet: bool = False
+        self, module: nn.Module, batches: Iterable[Any], size: int | None, quiet: bool = False
     ) -> dict[str, float]:
         start = time.perf_counter()
         self._attach(module)
         parameters = dict(module.named_parameters())
         # A parameter that is not trained any more keeps what was frozen; nothing moves it.
         moving = {name: state for name, state in self._frozen.items() if parameters[name].requires_grad}
-        total = min(self.samples, len(getattr(dataloader, "dataset", range(self.samples))))
-        with _progress_bar(total, quiet) as progress:
+        with _progress_bar(min(self.samples, size or self.samples), quiet) as progress:
             fishers = diagonal_fisher(
                 module,
-                _pairs(dataloader),
+                _pairs(batches),
                 likelihood=self.likelihood,
                 labels=self.labels,
                 samples=self.samples,
@@ -437,10 +437,24 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def _pairs(dataloader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """``(inputs, targets)`` of every batch; the loader draws no random number before the first is taken."""
-    for batch in dataloader:
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """``(inputs, targets)`` of every batch; a loader draws no random number before the first is taken."""
+    for batch in batches:
         yield _inputs_and_targets(batch)
+
+
+def _as_in_training(trainer: pl.Trainer, dataloader: Iterable[Any]) -> Iterator[Any]:
+    """The batches as ``training_step`` gets them: in the Trainer's precision, after the module's hooks."""
+    for batch in dataloader:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _size(dataloader: Iterable[Any]) -> int | None:
+    """How many samples a loader has, where it can be known."""
+    dataset = getattr(dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 @contextmanager

@@ -193,9 +193,8 @@ def test_it_is_installed_around_whatever_the_module_configured(optimizer):
 
     blip = BLIP(prior=1e-4)
     module = Optimized()
-    code = module.configure_optimizers  # the module itself is not changed
     fit(blip, module, callbacks=[blip, Wrapped()])
-    assert module.configure_optimizers == code
+    assert "configure_optimizers" not in vars(module)
     assert blip.tasks_learned == 3
     assert all(count == 1 for counts in Wrapped.counts for count in counts)
 
@@ -245,6 +244,31 @@ def test_estimating_leaves_rng_mode_gradients_and_running_statistics():
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in module.modules()] == modes
     assert all(theta.grad is None for theta in module.parameters())
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_batches_are_those_that_the_training_step_gets(by_hand):
+    class Doubling(Net):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch[0], batch[1]
+
+    def state_of(module, points):
+        torch.manual_seed(0)
+        blip = BLIP(prior=1e-4)
+        module = module()
+        trainer = pl.Trainer(**QUIET, callbacks=[blip], precision="64-true", max_epochs=1)
+        if by_hand:
+            points = DataLoader(points, batch_size=40)
+            trainer.fit(module, points)
+            blip.consolidate(trainer, points)
+        else:
+            trainer.fit(module, datamodule=TaskSequenceDataModule([Task("a", train=points)], batch_size=40))
+        assert blip.tasks_learned == 1
+        return blip.precision()["body.0.weight"]
+
+    x, y = blobs().tensors
+    expected = state_of(Net, TensorDataset(2 * x, y))
+    torch.testing.assert_close(state_of(Doubling, TensorDataset(x, y)), expected)
 
 
 def test_mappings_with_labels_are_understood():
