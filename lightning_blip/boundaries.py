@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class TaskBoundaries(pl.Callback):
         tasks = sequence(trainer)
         _check_validation_step(pl_module, tasks)
         if tasks.learned == len(tasks):
-            pl.utilities.rank_zero_warn(
+            rank_zero_warn(
                 f"All {len(tasks)} tasks of the sequence are learned already: nothing is left to train. "
                 "Make a new TaskSequenceDataModule to learn more."
             )

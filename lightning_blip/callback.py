@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -276,6 +277,16 @@ class BLIP(pl.Callback):
             "frozen": {name: frozen.state_dict() for name, frozen in self._frozen.items()},
         }
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Warns of a checkpoint that knows nothing of BLIP."""
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_warn(
+                "The checkpoint was saved without BLIP: what it learned so far is not protected. Call "
+                "blip.consolidate(module, dataloader) with the data of earlier tasks, if they are at hand."
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what was saved.
 
@@ -383,6 +394,12 @@ class BLIP(pl.Callback):
                 parameters=list(moving),
                 progress=progress,
             )
+        for name, fisher in fishers.items():
+            if not fisher.isfinite().all():
+                raise FloatingPointError(
+                    f"The Fisher information of {name!r} is not finite, although the loss is: look for "
+                    "gradients that overflow, such as of a square root at 0"
+                )
         counts = dict.fromkeys(("newly_frozen", "at_wall", "drifted"), 0)
         gains: dict[str, float] = {}
         for name, frozen in moving.items():

@@ -222,9 +222,6 @@ class _Walls:
             ]
         if self._pull:
             self._anchors = [frozen.anchor(theta.dtype) for theta, frozen in states]
-            self._gained = [
-                (frozen.precision - frozen.prior).clamp(min=0).to(theta.dtype) for theta, frozen in states
-            ]
             self._rate = -1.0
 
     @property
@@ -250,8 +247,11 @@ class _Walls:
     def _pulled(self, rate: float) -> list[Tensor]:
         """The share of the way to the anchor, ηλ(S_t − S_0)/(1 + ηλ(S_t − S_0)), for the current rate η."""
         if rate != self._rate:
-            strength = [gained * (rate * self._pull) for gained in self._gained]
-            self._shares = [x / (1 + x) for x in strength]
+            strengths = [
+                (frozen.precision - frozen.prior).clamp_(min=0).mul_(rate * self._pull).to(theta.dtype)
+                for theta, (frozen, _) in zip(self._thetas, self._states, strict=True)
+            ]
+            self._shares = [strength / (1 + strength) for strength in strengths]
             self._rate = rate
         return self._shares
 

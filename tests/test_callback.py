@@ -379,6 +379,33 @@ def test_saved_in_every_checkpoint_and_refused_with_other_settings(tmp_path):
         BLIP(prior=1e-4, rule="paper").load_state_dict(saved)
 
 
+def test_a_checkpoint_that_knows_nothing_of_it_is_warned_of(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    pl.Trainer(**{**QUIET, "enable_checkpointing": True}, callbacks=[checkpoint], max_epochs=1).fit(
+        Net(), datamodule=pairs()
+    )
+    with pytest.warns(UserWarning, match="saved without BLIP"):
+        pl.Trainer(**QUIET, callbacks=[BLIP()], max_epochs=2).fit(
+            Net(), datamodule=pairs(), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    class Rooted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 6))
+
+        def forward(self, x):
+            return (x @ self.weight).square().sum(1, keepdim=True).sqrt() + torch.zeros(6)
+
+    network, blip = Rooted(), BLIP()
+    with pytest.raises(FloatingPointError, match="Fisher information of 'weight' is not finite"):
+        blip.consolidate(network, loader())
+    assert blip.tasks_learned == 0
+    assert (network.weight == 0).all()
+
+
 def test_another_network_is_refused():
     blip = BLIP()
     blip.consolidate(nn.Linear(8, 6), loader())
