@@ -202,7 +202,7 @@ class _Walls:
     ) -> None:
         self._group = group
         self._states = [(frozen, frozen.packed) for _, frozen in states]
-        self._thetas = [theta.detach() for theta, _ in states]
+        self._thetas = [theta for theta, _ in states]
         learned = states[0][1].tasks > 0
         self._scale = scale if learned else 0.0
         self._pull = pull if learned else 0.0
@@ -235,6 +235,7 @@ class _Walls:
         if self._scale:
             torch._foreach_copy_(self._before, self._thetas)
 
+    @torch.no_grad()
     def hold_back(self) -> None:
         """Scales the step, pulls, projects."""
         if self._scale:

@@ -183,6 +183,16 @@ def test_a_state_consolidated_between_steps_takes_effect_at_once():
     assert torch.equal(theta.data, before)
 
 
+def test_values_swapped_in_from_elsewhere_are_held_too():
+    theta, frozen = problem(20)
+    optimizer = FrozenBitsOptimizer(SGD([theta], lr=0.1), {theta: frozen})
+    walk(optimizer, theta, steps=1)
+    before = theta.detach().clone()
+    theta.data = theta.data.clone()
+    walk(optimizer, theta, steps=1)
+    assert torch.equal(theta.data, before)
+
+
 def test_parameters_that_are_not_protected_move_as_ever():
     theta, frozen = problem(20)
     other = nn.Parameter(torch.zeros(2))
