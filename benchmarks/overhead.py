@@ -119,7 +119,7 @@ class _StepTimes(pl.Callback):
 def trainer_step(name: str, batch_size: int, repeats: int) -> None:
     """One training step within the same Lightning Trainer, without BLIP and with it, in turn."""
     inputs, targets = (torch.cat(part) for part in zip(*_batches(name, batch_size, batch_size), strict=True))
-    steps = 12
+    steps = 40
 
     def seconds_of(blip: BLIP | None) -> float:
         network = _network(name)
@@ -139,7 +139,7 @@ def trainer_step(name: str, batch_size: int, repeats: int) -> None:
         )
         samples = TensorDataset(inputs.repeat(steps, *[1] * (inputs.ndim - 1)), targets.repeat(steps))
         trainer.fit(module, DataLoader(samples, batch_size=batch_size))
-        return statistics.median(times.seconds[2:])
+        return statistics.median(times.seconds[steps // 4 :])
 
     for blip in (None, BLIP()):
         seconds_of(blip)

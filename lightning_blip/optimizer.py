@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_blip.bits import FrozenBits
 
@@ -187,7 +187,7 @@ class FrozenBitsOptimizer(Optimizer):
             for learned in (False, True):
                 states = [(theta, frozen) for theta, frozen in protected if bool(frozen.tasks) is learned]
                 if states:
-                    every.append(_Walls(group, states, self.scale, self.pull))
+                    every.append(_Walls(optimizer, group, states, self.scale, self.pull))
         return every
 
 
@@ -198,8 +198,14 @@ class _Walls:
     """
 
     def __init__(
-        self, group: dict[str, Any], states: list[tuple[Tensor, FrozenBits]], scale: float, pull: float
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        states: list[tuple[Tensor, FrozenBits]],
+        scale: float,
+        pull: float,
     ) -> None:
+        self._optimizer = optimizer
         self._group = group
         self._states = [(frozen, frozen.packed) for _, frozen in states]
         self._thetas = [theta for theta, _ in states]
@@ -215,7 +221,8 @@ class _Walls:
             if bool((everything := frozen.bits == frozen.max_bits).any())
         ]
         if self._scale:
-            self._before = [torch.empty_like(theta) for theta in self._thetas]
+            self._remembers = not _keeps_its_update(optimizer, group)
+            self._before = [torch.empty_like(theta) for theta in self._thetas if self._remembers]
             # The share of the update that is taken back: 1 − 2^(−p·bits).
             self._taken_back = [
                 1 - torch.exp2(-scale * frozen.bits.to(theta.dtype)) for theta, frozen in states
@@ -231,19 +238,37 @@ class _Walls:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keeps the values before the step, where the step is to be scaled."""
-        if self._scale:
+        """Keeps the values before the step, where the scaled step cannot be told without them."""
+        if self._scale and self._remembers:
             torch._foreach_copy_(self._before, self._thetas)
 
     @torch.no_grad()
     def hold_back(self) -> None:
         """Scales the step, pulls, projects."""
         if self._scale:
-            torch._foreach_lerp_(self._thetas, self._before, self._taken_back)
+            self._scale_back()
         if self._pull:
             torch._foreach_lerp_(self._thetas, self._anchors, self._pulled(float(self._group["lr"])))
-        torch._foreach_maximum_(self._thetas, self._lows)
-        torch._foreach_minimum_(self._thetas, self._highs)
+        if self._thetas[0].is_cuda:  # where it is kernels that cost, few of them; else few passes over memory
+            torch._foreach_maximum_(self._thetas, self._lows)
+            torch._foreach_minimum_(self._thetas, self._highs)
+        else:
+            for theta, low, high in zip(self._thetas, self._lows, self._highs, strict=True):
+                theta.clamp_(low, high)
+
+    def _scale_back(self) -> None:
+        if self._remembers:
+            torch._foreach_lerp_(self._thetas, self._before, self._taken_back)
+            return
+        moved = [
+            (theta, update if update.layout == torch.strided else update.to_dense(), share)
+            for theta, share in zip(self._thetas, self._taken_back, strict=True)
+            if theta.grad is not None
+            for update in [self._optimizer.state.get(theta, {}).get("momentum_buffer", theta.grad)]
+        ]
+        if moved:
+            thetas, updates, shares = (list(part) for part in zip(*moved, strict=True))
+            torch._foreach_addcmul_(thetas, updates, shares, float(self._group["lr"]))
 
     def _pulled(self, rate: float) -> list[Tensor]:
         """The share of the way to the anchor, ηλ(S_t − S_0)/(1 + ηλ(S_t − S_0)), for the current rate η."""
@@ -255,6 +280,18 @@ class _Walls:
             self._shares = [strength / (1 + strength) for strength in strengths]
             self._rate = rate
         return self._shares
+
+
+def _keeps_its_update(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the last update is still at hand after the step: SGD's is −η times its gradient or momentum.
+
+    The values before the step need not be copied then, which is a good part of what a step costs.
+    """
+    return (
+        type(optimizer) is SGD
+        and not any(group[other] for other in ("nesterov", "maximize", "fused"))
+        and bool(group["momentum"] or not group["weight_decay"])
+    )
 
 
 def _limits(theta: Tensor, frozen: FrozenBits) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,9 @@ from lightning_blip.optimizer import FrozenBitsOptimizer
 
 OPTIMIZERS = {
     "sgd": lambda p: SGD(p, lr=0.3),
+    "sgd decay": lambda p: SGD(p, lr=0.3, weight_decay=0.1),
+    "sgd dampened": lambda p: SGD(p, lr=0.3, momentum=0.9, dampening=0.5),
+    "sgd maximize": lambda p: SGD(p, lr=0.3, momentum=0.9, maximize=True),
     "sgd foreach": lambda p: SGD(p, lr=0.3, foreach=True),
     "sgd fused": lambda p: SGD(p, lr=0.3, momentum=0.9, fused=True),
     "sgd momentum decay": lambda p: SGD(p, lr=0.3, momentum=0.9, weight_decay=0.1),
@@ -115,15 +118,17 @@ def test_scaling_multiplies_the_update_itself(make):
     bits = torch.randint(0, 6, (4, 6))
     theta, frozen = problem(bits, cell="paper")
     free = nn.Parameter(theta.detach().clone())
-    before = theta.detach().clone()
-    for parameter, optimizer in (
-        (theta, FrozenBitsOptimizer(make([theta]), {theta: frozen}, scale=1.5)),
-        (free, make([free])),
-    ):
-        parameter.grad = torch.full_like(theta, 0.01)
-        optimizer.step()
+    anchor = theta.detach().clone()
+    wrapped, plain = FrozenBitsOptimizer(make([theta]), {theta: frozen}, scale=1.5), make([free])
+    for _ in range(3):
+        gradient = torch.randn(4, 6) * 0.01
+        before = theta.detach().clone()
+        free.data.copy_(before)
+        theta.grad, free.grad = gradient.clone(), gradient.clone()
+        wrapped.step()
+        plain.step()
     expected = before + (free - before) * 2.0 ** (-1.5 * bits)
-    inside = ((expected - before).abs() < 2.0**-bits) & (expected.abs() < 1)
+    inside = ((expected - anchor).abs() < 2.0**-bits) & (expected.abs() < 1)
     assert inside.sum() > 12
     torch.testing.assert_close(theta[inside], expected[inside], rtol=1e-5, atol=1e-6)
 
@@ -140,6 +145,30 @@ def test_scaling_equals_scaling_the_gradient_for_sgd_with_momentum():
         wrapped.step()
         plain.step()
     torch.testing.assert_close(theta, other)
+
+
+def test_a_parameter_without_a_gradient_is_left_where_it_is():
+    theta, frozen = problem(2)
+    optimizer = FrozenBitsOptimizer(SGD([theta], lr=0.1, momentum=0.9), {theta: frozen}, scale=1.0)
+    walk(optimizer, theta, 2)
+    before = theta.detach().clone()
+    theta.grad = None
+    optimizer.step()
+    assert torch.equal(theta.data, before)
+
+
+def test_sparse_gradients_are_scaled_too():
+    rows = nn.Embedding(4, 6, sparse=True)
+    frozen = FrozenBits.of(rows.weight, bound=8.0, prior=1.0)
+    frozen.freeze(rows.weight.data, torch.full((4, 6), 1), keep_free_bits=True)
+    before = rows.weight.detach().clone()
+    optimizer = FrozenBitsOptimizer(SGD(rows.parameters(), lr=0.01), {rows.weight: frozen}, scale=1.0)
+    rows(torch.tensor([1, 1])).sum().backward()
+    optimizer.step()
+    expected = before.clone()
+    expected[1] -= 0.01
+    low, high = frozen.limits(torch.float32)
+    torch.testing.assert_close(rows.weight.data, expected.clamp(low, high))
 
 
 def test_the_pull_is_the_proximal_step_of_its_formula_and_follows_the_rate():
