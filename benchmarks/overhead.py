@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.networks import Classifier, alexnet, mlp
+from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP
 from lightning_blip.fisher import diagonal_fisher
 
@@ -127,16 +126,8 @@ def trainer_step(name: str, batch_size: int, repeats: int) -> None:
         if blip is not None:
             blip.consolidate(module, [(inputs, targets)])
         times = _StepTimes()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            limit_train_batches=steps,
-            callbacks=[times, *([blip] if blip is not None else [])],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        callbacks: list[pl.Callback] = [times] if blip is None else [times, blip]
+        trainer = quiet_trainer(callbacks, max_epochs=1, limit_train_batches=steps)
         samples = TensorDataset(inputs.repeat(steps, *[1] * (inputs.ndim - 1)), targets.repeat(steps))
         trainer.fit(module, DataLoader(samples, batch_size=batch_size))
         return statistics.median(times.seconds[steps // 4 :])
@@ -155,8 +146,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.manual_seed(0)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -64,18 +64,17 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=5, help="of each task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prior", type=float, default=1e-6)
-    parser.add_argument("--scale", type=float, default=0.5)
-    parser.add_argument("--pull", type=float, default=3.0)
-    parser.add_argument("--rule", choices=("exact", "paper"), default="exact")
-    parser.add_argument("--cell", choices=("strict", "paper"), default="strict")
-    given = parser.parse_args()
-    blip = BLIP(given.prior, rule=given.rule, cell=given.cell, scale=given.scale, pull=given.pull)
-    train, test = data.load(given.data, "mnist")
-    matrix = run(train, test, blip, given.tasks, given.epochs, given.seed)
+    settings = parser.add_argument_group("of BLIP; its own default where not given")
+    for name, kind in (("prior", float), ("scale", float), ("pull", float), ("rule", str), ("cell", str)):
+        settings.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    folder, tasks, epochs, seed = (given.pop(name) for name in ("data", "tasks", "epochs", "seed"))
+    blip = BLIP(**given)
+    train, test = data.load(folder, "mnist")
+    matrix = run(train, test, blip, tasks, epochs, seed)
     print(
-        f"prior {given.prior:g}, rule {given.rule}, cell {given.cell}, p {given.scale:g}, λ {given.pull:g}, "
-        f"seed {given.seed}: ACC {float(average_score(matrix)):.2f} %, "
+        f"prior {blip.prior:g}, rule {blip.rule}, cell {blip.cell}, p {blip.scale:g}, λ {blip.pull:g}, "
+        f"seed {seed}: ACC {float(average_score(matrix)):.2f} %, "
         f"BWT {float(backward_transfer(matrix)):+.2f} %"
     )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 from benchmarks import data
 from benchmarks.networks import Classifier, mlp
+from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, ForgettingCurves, TaskHeads, TaskSequenceDataModule
 from lightning_blip.metrics import average_score, backward_transfer
 from lightning_blip.streams import Task
@@ -53,15 +52,7 @@ def run(folder: Path, seed: int, prior: float, epochs: int) -> tuple[float, floa
     blip = BLIP.paper(prior=prior)
     ledger = Ledger(blip)
     with tempfile.TemporaryDirectory() as folder_of_run:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            callbacks=[blip, ledger, curves],
-            default_root_dir=folder_of_run,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer([blip, ledger, curves], default_root_dir=folder_of_run)
         trainer.fit(module, datamodule=tasks)
     score = 100 * float(average_score(curves.matrix))
     transfer = 100 * float(backward_transfer(curves.matrix, over="all"))
@@ -76,8 +67,6 @@ def main() -> None:
     parser.add_argument("--prior", type=float, default=1e-15, help="as the paper counts it")
     parser.add_argument("--epochs", type=int, default=3, help="of each task")
     arguments = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     scores, transfers = [], []
     for seed in range(arguments.seeds):
         start = time.perf_counter()

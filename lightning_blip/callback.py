@@ -21,7 +21,7 @@ from lightning_blip.datamodule import TaskSequenceDataModule
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.heads import TaskHeads
 from lightning_blip.information import Rule, consolidate
-from lightning_blip.optimizer import FrozenBitsOptimizer
+from lightning_blip.optimizer import FrozenBitsOptimizer, check_strengths
 from lightning_blip.streams import Task
 
 Likelihood = str | Callable[[Any], torch.distributions.Distribution]
@@ -102,9 +102,7 @@ class BLIP(pl.Callback):
         for name, value, choices in (("rule", rule, Rule), ("cell", cell, Cell), ("labels", labels, Labels)):
             if value not in get_args(choices):
                 raise ValueError(f"{name}={value!r} must be one of {get_args(choices)}")
-        for name, number in (("scale", scale), ("pull", pull)):
-            if not number >= 0:
-                raise ValueError(f"{name}={number} must not be negative; 0 switches it off")
+        check_strengths(scale=scale, pull=pull)
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1")
         self.prior = prior

@@ -230,7 +230,8 @@ class BackwardTransfer(_MatrixMetric):
 
     def __init__(self, tasks: int, over: Over = "previous", **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
-        backward_transfer(self.matrix, over)  # refuses a wrong argument now, not when the tasks are learned
+        # Refuses a wrong argument now, not when the tasks are learned.
+        backward_transfer(self.matrix, over)
         self.over: Over = over
 
     def compute(self) -> Tensor:
@@ -278,9 +279,8 @@ class ForwardTransfer(_MatrixMetric):
 
     def __init__(self, tasks: int, baseline: Tensor | ArrayLike, **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
-        forward_transfer(
-            self.matrix, baseline
-        )  # refuses a wrong argument now, not when the tasks are learned
+        # Refuses a wrong argument now, not when the tasks are learned.
+        forward_transfer(self.matrix, baseline)
         self.baseline = baseline
 
     def compute(self) -> Tensor:

@@ -60,9 +60,7 @@ class FrozenBitsOptimizer(Optimizer):
     ) -> None:
         if isinstance(optimizer, FrozenBitsOptimizer):
             raise ValueError(f"optimizer={optimizer!r} is wrapped already: pass its .optimizer instead")
-        for name, value in (("scale", scale), ("pull", pull)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must not be negative; 0 switches it off")
+        check_strengths(scale=scale, pull=pull)
         self.optimizer = optimizer
         self.frozen = frozen
         self.scale = scale
@@ -280,6 +278,20 @@ class _Walls:
             self._shares = [strength / (1 + strength) for strength in strengths]
             self._rate = rate
         return self._shares
+
+
+def check_strengths(**strengths: float) -> None:
+    """Refuses a negative ``scale`` or ``pull``, by name.
+
+    Raises:
+        ValueError: If one is negative or NaN.
+
+    Example:
+        >>> check_strengths(scale=0.5, pull=0.0)
+    """
+    for name, value in strengths.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must not be negative; 0 switches it off")
 
 
 def _keeps_its_update(optimizer: Optimizer, group: dict[str, Any]) -> bool:

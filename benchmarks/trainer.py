@@ -1,0 +1,32 @@
+"""A Trainer that says nothing and leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+    """A Trainer on the CPU without logs, checkpoints, progress bar and advice.
+
+    Args:
+        callbacks: Its callbacks.
+        options: Of ``pl.Trainer``.
+
+    Returns:
+        The Trainer.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    return pl.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
