@@ -12,11 +12,13 @@ test: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-# torch first, by its pinned version: nothing that is installed later may bring another build along.
+# torch first, by its pinned version: nothing that is installed later may bring another build along. Nor may
+# torchvision come with BackPACK or timm, since one built for another torch breaks the import of torchmetrics.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps backpack-for-pytorch timm
 	touch $@
 
 clean:

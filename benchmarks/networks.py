@@ -19,29 +19,144 @@ def mlp(inputs: int, *hidden: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def alexnet() -> nn.Sequential:
-    """The AlexNet of the paper's CIFAR experiments without a head: (3, 32, 32) to 2,048, 6.5 M parameters."""
+def alexnet(width: float = 1.0) -> nn.Sequential:
+    """The AlexNet of the paper's CIFAR experiments without a head: (3, 32, 32) to 2,048, 6.5 M parameters.
+
+    Args:
+        width: Scales the number of channels and of hidden units, that of the output included.
+    """
+    low, middle, high, hidden = (round(width * size) for size in (64, 128, 256, 2048))
     return nn.Sequential(
-        nn.Conv2d(3, 64, 4),
+        nn.Conv2d(3, low, 4),
         nn.ReLU(),
         nn.Dropout(0.2),
         nn.MaxPool2d(2),
-        nn.Conv2d(64, 128, 3),
+        nn.Conv2d(low, middle, 3),
         nn.ReLU(),
         nn.Dropout(0.2),
         nn.MaxPool2d(2),
-        nn.Conv2d(128, 256, 2),
+        nn.Conv2d(middle, high, 2),
         nn.ReLU(),
         nn.Dropout(0.5),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(1024, 2048),
+        nn.Linear(4 * high, hidden),
         nn.ReLU(),
         nn.Dropout(0.5),
-        nn.Linear(2048, 2048),
+        nn.Linear(hidden, hidden),
         nn.ReLU(),
         nn.Dropout(0.5),
     )
+
+
+def _normalised(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class Residual(nn.Module):
+    """A block of a ResNet: two 3x3 convolutions, or one between two 1x1 (a bottleneck), with a shortcut."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        sizes = (inputs, width, width, outputs) if bottleneck else (inputs, width, outputs)
+        kernels, strides = ((1, 3, 1), (1, stride, 1)) if bottleneck else ((3, 3), (stride, 1))
+        layers: list[nn.Module] = []
+        for layer in zip(sizes, sizes[1:], kernels, strides, strict=False):
+            layers += [_normalised(*layer), nn.ReLU(inplace=True)]
+        self.body = nn.Sequential(*layers[:-1])
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else _normalised(inputs, outputs, 1, stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both ways, past zero."""
+        total: Tensor = self.relu(self.body(x) + self.shortcut(x))
+        return total
+
+
+class ResNet(nn.Sequential):
+    """A ResNet with its head.
+
+    Args:
+        stem: From images to ``width`` channels.
+        width: Channels in the first of the four stages, doubled in each further one.
+        depths: Blocks in each stage.
+        bottleneck: Whether blocks have a bottleneck, and so four times as many outputs.
+        classes: Outputs of the head.
+    """
+
+    def __init__(
+        self, stem: nn.Module, width: int, depths: Iterable[int], bottleneck: bool, classes: int
+    ) -> None:
+        blocks: list[nn.Module] = []
+        inputs = width
+        for stage, depth in enumerate(depths):
+            inside = width * 2**stage
+            outputs = inside * 4 if bottleneck else inside
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(Residual(inputs, inside, outputs, stride, bottleneck))
+                inputs = outputs
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(stem, nn.ReLU(inplace=True), *blocks, *pool, nn.Linear(inputs, classes))
+
+
+def resnet18(width: int = 64, classes: int = 10) -> ResNet:
+    """ResNet-18 with a head, for images as small as CIFAR's: (3, 32, 32), 11.2 M parameters."""
+    return ResNet(_normalised(3, width, 3), width, (2, 2, 2, 2), bottleneck=False, classes=classes)
+
+
+def resnet50(classes: int = 1000) -> ResNet:
+    """ResNet-50 with a head, for ImageNet: (3, 224, 224), 25.6 M parameters."""
+    stem = nn.Sequential(_normalised(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
+    return ResNet(stem, 64, (3, 4, 6, 3), bottleneck=True, classes=classes)
+
+
+class Attending(nn.Module):
+    """A block of a transformer: self-attention and an MLP, each after its norm and around a shortcut."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (batch, positions, dim) to the same shape."""
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
+        attended = F.scaled_dot_product_attention(*qkv.transpose(1, 3).unbind(2))
+        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class ViT(nn.Module):
+    """A vision transformer with its head."""
+
+    def __init__(self, size: int, patch: int, dim: int, depth: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, dim, patch, stride=patch)
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, dim))
+        self.blocks = nn.Sequential(*(Attending(dim, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, from the class token."""
+        patches = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        return logits
+
+
+def vit(
+    size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3, classes: int = 10
+) -> ViT:
+    """Half a ViT-Tiny with a head, for images as small as CIFAR's: (3, 32, 32), 2.7 M parameters."""
+    return ViT(size, patch, dim, depth, heads, classes)
 
 
 class Classifier(pl.LightningModule):

@@ -80,7 +80,7 @@ def _open(pair: Any, index: int, device: torch.device) -> Batch:
             f"batches must yield pairs (inputs, targets), not {type(pair).__name__}: "
             "give (inputs, None) where there are no targets."
         )
-    inputs, labels = map_tensors(lambda tensor: tensor.to(device), pair)
+    inputs, labels = map_tensors(lambda tensor: tensor.detach().to(device), pair)
     sized = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 0]
     if not sized:
         raise ValueError("batches must yield inputs with at least one tensor of shape (batch, ...).")

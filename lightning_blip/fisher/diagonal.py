@@ -9,12 +9,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
-from lightning_blip.fisher.batches import read
+from lightning_blip.fisher.batches import Batch, read
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.likelihood import find_likelihood
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.probe import probe
-from lightning_blip.fisher.rules import backward, recording
+from lightning_blip.fisher.recorder import Recorder
+from lightning_blip.fisher.ruled import Ruled
 
 
 def diagonal_fisher(
@@ -32,10 +33,15 @@ def diagonal_fisher(
 
     For each parameter :math:`\theta` it is the mean over samples of
     :math:`(\partial \log p(y | x, \theta) / \partial \theta)^2`: one gradient per sample, squared before it
-    is averaged, in evaluation mode. How the samples are divided into batches does not matter. Layers of type
-    ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d`` cost little more than a plain forward and backward pass;
-    all other parameters are as exact, but slower. The module, its gradients, modes and buffers and the global
-    random numbers are afterwards as they were before.
+    is averaged, in evaluation mode. How the samples are divided into batches does not matter. The module, its
+    gradients, modes and buffers and the global random numbers are afterwards as they were before.
+
+    One forward and one backward pass over each batch serve all parameters for whose operations there is a
+    rule, which costs little more than a training step: linear maps, convolutions and transposed ones,
+    embeddings, norms, attention, recurrent layers, sums and products with parameters of one's own; whichever
+    module they stand in, tied, computed from other parameters or used several times. All other parameters
+    are as exact, but slower: they take per-sample gradients by ``torch.func``, or else sample by sample.
+    Beside the activations, temporaries take 256 MiB at most, or one sample's gradients if these are larger.
 
     This is the measure of information of Shi et al., "Continual Learning via Bit-Level Information
     Preserving" (CVPR 2021), section 3. With labels drawn from the model's own prediction it is the Fisher
@@ -92,7 +98,7 @@ def diagonal_fisher(
     model = Model(module, find_likelihood(likelihood, device), sampled=labels == "sampled")
     generator = Generator().manual_seed(0) if generator is None else generator
     done = probed = 0
-    with left_as_before(module, device):
+    with left_as_before(module, device, wanted.values()):
         sums = {
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in wanted.items()
@@ -100,13 +106,13 @@ def diagonal_fisher(
         for batch in read(batches, samples, device):
             if probed < min(batch.size, 2):  # a first batch of one sample says nothing about batches
                 probed = min(batch.size, 2)
-                layers, rest = probe(model, wanted, batch[:probed])
-            with recording(layers):
+                ruled, rest = probe(model, wanted, batch[:probed])
+            with Recorder(module, wanted) as recorder:
                 batch, log_prob = model.label(batch, generator)
-            backward(log_prob.sum(), layers)
-            for ruled in layers:
-                ruled.check_batch_first(batch)
-                ruled.add_squares(sums)
+            if not ruled.covers(recorder, batch.size):
+                ruled, rest = probe(model, wanted, batch[:2])
+                _check_covers(ruled, recorder, batch)
+            ruled.add_squares(log_prob.sum(), recorder, batch.size, sums)
             rest.add_squares(batch, sums)
             done += batch.size
             if progress is not None:
@@ -138,3 +144,12 @@ def _wanted(module: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Para
             "parameters: there is none to estimate; give the name of one that requires gradients."
         )
     return wanted
+
+
+def _check_covers(ruled: Ruled, recorder: Recorder, batch: Batch) -> None:
+    if not ruled.covers(recorder, batch.size):
+        raise RuntimeError(
+            f"The module uses its parameters in other ways for the {batch.size} samples of batch "
+            f"{batch.index} together than for two of them: let its operations not depend on how many there "
+            f"are, or leave out with parameters=[...] what is used so, among {', '.join(ruled.parameters)}."
+        )

@@ -12,27 +12,33 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_blip.fisher.batches import Batch, map_tensors, tensors_of
+from lightning_blip.fisher.gradients import BUDGET_BYTES, at_least_single
 from lightning_blip.fisher.model import Model
-from lightning_blip.fisher.rules import backward
+from lightning_blip.fisher.recorder import backward
 
-CHUNK_BYTES = 64 * 2**20
 ROUNDING = 1e-6  # of the largest gradient's norm
 
 
 @dataclass
 class PerSample:
-    """Squared per-sample gradients of ``parameters``; ``vectorised`` until this turns out not to work."""
+    """Squared per-sample gradients of ``parameters``; ``vectorised`` until this turns out not to work.
+
+    ``sample_bytes`` is what the graph of one sample's forward pass keeps.
+    """
 
     model: Model
     parameters: dict[str, nn.Parameter]
     vectorised: bool = True
+    sample_bytes: int = 0
 
     def choose(self, sample: Batch) -> None:
         """Stays vectorised only if this gives the gradients of one ``sample`` that autograd gives."""
         if not self.parameters:
             return
         found = self.squares(sample)
-        true = self._looped_squares(sample)
+        with _counting_kept_bytes() as kept:
+            true = self._looped_squares(sample)
+        self.sample_bytes = sum(kept)
         largest = max(float(square.sqrt().norm()) for square in true.values())
         for name, square in true.items():
             error = (found[name].sqrt() - square.sqrt()).norm()
@@ -43,8 +49,8 @@ class PerSample:
         """Adds the squared gradients of the samples of ``batch`` to ``sums``, by parameter name."""
         if not self.parameters:
             return
-        per_sample = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        step = max(1, CHUNK_BYTES // per_sample)
+        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        step = max(1, BUDGET_BYTES // (2 * (gradients + self.sample_bytes)))
         for start in range(0, batch.size, step):
             for name, square in self.squares(batch[start : start + step]).items():
                 sums[name] += square
@@ -85,9 +91,17 @@ class PerSample:
         return squares
 
 
-def at_least_single(tensor: Tensor) -> Tensor:
-    """``tensor`` in its own floating type, or in float32 where that is narrower."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+@contextmanager
+def _counting_kept_bytes() -> Iterator[list[int]]:
+    """Collects the sizes of all tensors that graphs recorded in here keep for their backward pass."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
 
 
 def tolerance(tensor: Tensor) -> float:

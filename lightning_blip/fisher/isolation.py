@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -10,13 +11,16 @@ from torch import nn
 
 
 @contextmanager
-def left_as_before(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients, full precision; then modes, buffers and RNG states are as before."""
+def left_as_before(module: nn.Module, device: torch.device, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, full precision, gradients of ``wanted`` parameters alone; then all is as before."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            # Compiled code runs many operations as one: none could be watched.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in module.modules()):
             # cuDNN has no backward pass for recurrent layers in evaluation mode.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -28,10 +32,15 @@ def left_as_before(module: nn.Module, device: torch.device) -> Iterator[None]:
             for name, buffer in part._buffers.items()
             if buffer is not None
         ]
+        unwanted = {p for p in module.parameters() if p.requires_grad}.difference(wanted)
         module.eval()
+        for parameter in unwanted:
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
+            for parameter in unwanted:
+                parameter.requires_grad_(True)
             for part, mode in modes:
                 part.training = mode
             with torch.no_grad():

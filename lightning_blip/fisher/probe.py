@@ -1,8 +1,9 @@
-"""A look at two samples before the first batch: which parameters may be left to their layer's rule?"""
+"""A look at two samples before the first batch: which parameters may be left to rules?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,21 +11,22 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_blip.fisher.batches import Batch
 from lightning_blip.fisher.fallback import PerSample, naming, tolerance
+from lightning_blip.fisher.gradients import BUDGET_BYTES, SampleGradients, add, along
+from lightning_blip.fisher.layout import Layout, layouts_of
 from lightning_blip.fisher.model import Model
-from lightning_blip.fisher.rules import Call, RuledLayer, backward, find_layers, recording
+from lightning_blip.fisher.recorder import Call, Key, Recorder, backward
+from lightning_blip.fisher.ruled import Ruled
 
-ROUNDING = 1e-6  # of the norm that a sum would have if none of its terms cancelled
+ROUNDING = 1e-6  # of the largest gradient's norm
 
 
-def probe(
-    model: Model, wanted: Mapping[str, nn.Parameter], batch: Batch
-) -> tuple[list[RuledLayer], PerSample]:
+def probe(model: Model, wanted: Mapping[str, nn.Parameter], batch: Batch) -> tuple[Ruled, PerSample]:
     """Divides the ``wanted`` parameters between the rules and the fallback.
 
-    A rule sees only the calls of its layer. It is wrong where a weight has other uses (tied weights,
-    ``F.linear(x, layer.weight)``) and where the layer's first dimension is not the batch. So its gradients,
-    summed over two samples, are compared with autograd's, and the inputs of its layer for the first of them
-    with those that it has when this sample is alone.
+    Rules see operations one by one, and tell samples apart by their place: what the gradient of one sample
+    does not reach belongs to others. They are wrong where a parameter is also used out of their sight, and
+    where a sample has no place of its own. So the gradients by rule, summed over two samples, are compared
+    with autograd's.
 
     Args:
         model: The module, in evaluation mode, and its likelihood.
@@ -32,66 +34,110 @@ def probe(
         batch: One or two samples and the data's targets.
 
     Returns:
-        The layers whose rules hold, each with the names of the parameters it may serve, and the fallback for
-        all other parameters.
+        The parameters whose rules hold, and the fallback for all others.
 
     Raises:
         ValueError: If the samples of a batch influence each other.
     """
-    layers = find_layers(model.module, wanted)
-    with recording(layers):
+    with Recorder(model.module, wanted) as recorder:
         # Labels of its own: the caller's generator must not depend on this look.
-        batch, together = model.label(batch, Generator().manual_seed(0))
-    # Unequal weights, so that the errors of two samples do not cancel.
-    total = together @ torch.arange(1, batch.size + 1, dtype=together.dtype, device=together.device)
+        batch, log_probs = model.label(batch, Generator().manual_seed(0))
+    _check_alone(model, batch[-1:], log_probs[-1:])
     with naming(wanted):
-        true = dict(zip(wanted, backward(total, layers, list(wanted.values())), strict=True))
-    for ruled in layers:
-        ruled.names = {
-            role: name for role, name in ruled.names.items() if _agrees(ruled, role, true[name], batch)
-        }
-
-    calls = [list(ruled.calls) for ruled in layers]
-    alone = batch[:1]
-    with recording(layers):
-        _check_alone(model, alone, together)
-    layers = [
-        ruled
-        for ruled, before in zip(layers, calls, strict=True)
-        if ruled.names and _separates(ruled, before)
-    ]
-    served = {name for ruled in layers for name in ruled.names.values()}
-    rest = PerSample(model, {name: p for name, p in wanted.items() if name not in served})
-    rest.choose(alone)
-    return layers, rest
+        _, of_first = _backward(log_probs[0], recorder, [])
+        ruled = Ruled(dict(wanted), _layouts(recorder.calls, of_first, batch.size))
+        right: set[str] = set()
+        for names in _within_budget(wanted):
+            right |= _agreeing(ruled, recorder, names, log_probs)
+    for call in recorder.calls:
+        call.forget()
+    right -= recorder.unruled
+    ruled.parameters = {name: p for name, p in wanted.items() if name in right}
+    rest = PerSample(model, {name: p for name, p in wanted.items() if name not in right})
+    rest.choose(batch[:1])
+    return ruled, rest
 
 
-def _agrees(ruled: RuledLayer, role: str, true: Tensor | None, batch: Batch) -> bool:
-    """Whether a rule gives autograd's gradient, compared along a random direction of the layer's inputs."""
-    if not ruled.is_batch_first(batch.size):
-        return False
-    parameter = ruled.layer.get_parameter(role).detach()
-    true = torch.zeros_like(parameter) if true is None else true
-    direction = torch.randn(parameter[0].numel(), generator=Generator().manual_seed(0), dtype=torch.float64)
-    direction = direction.to(parameter)
-    found, terms = ruled.projected(role, direction)
-    expected = true.flatten(1) @ direction if role == "weight" else true
-    return bool((found - expected).norm() <= tolerance(expected) * expected.norm() + ROUNDING * terms.norm())
+def _backward(
+    total: Tensor, recorder: Recorder, leaves: Sequence[Tensor]
+) -> tuple[list[Tensor | None], dict[Call, Tensor]]:
+    """The gradients of ``total`` with respect to ``leaves`` and to the output of every call."""
+    received: dict[Call, Tensor] = {}
+    for call in recorder.calls:
+        call.receive = partial(received.__setitem__, call)
+    return backward(total, recorder.calls, leaves, again=True), received
 
 
-def _separates(ruled: RuledLayer, together: list[Call]) -> bool:
-    """Whether the layer's inputs for a sample alone are those that it had first among several."""
-    return (
-        ruled.is_batch_first(1)
-        and len(ruled.calls) == len(together)
-        and all(_close(now.inputs, then.inputs[:1]) for now, then in zip(ruled.calls, together, strict=True))
-    )
+def _layouts(calls: Sequence[Call], of_first: Mapping[Call, Tensor], count: int) -> dict[Key, Layout]:
+    """For each kind of call the first layout that fits all calls of this kind."""
+    fitting: dict[Key, list[Layout]] = {}
+    for call in calls:
+        if call in of_first:
+            layouts = list(layouts_of(of_first[call], count))
+            before = fitting.get(call.key, layouts)
+            fitting[call.key] = [layout for layout in before if layout in layouts]
+    return {key: layouts[0] for key, layouts in fitting.items() if layouts}
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool(
-        (found - expected).norm() <= tolerance(expected) * expected.norm()
-    )
+def _within_budget(wanted: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
+    """Names of parameters, as many at a time as may have their gradients side by side."""
+    names: list[str] = []
+    size = 0
+    for name, parameter in wanted.items():
+        own = parameter.numel() * parameter.element_size()
+        if names and size + own > BUDGET_BYTES // 2:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names
+
+
+def _agreeing(ruled: Ruled, recorder: Recorder, names: Sequence[str], log_probs: Tensor) -> set[str]:
+    """Those of the parameters whose gradients by rule are autograd's, along a random direction."""
+    # Unequal weights, so that the errors of two samples do not cancel.
+    weights = torch.arange(1, len(log_probs) + 1, dtype=log_probs.dtype, device=log_probs.device)
+    true, received = _backward(log_probs @ weights, recorder, [ruled.parameters[name] for name in names])
+    expected: dict[str, Tensor] = {}
+    found: dict[str, Tensor | None] = {}
+    for name, grad in zip(names, true, strict=True):
+        parameter = ruled.parameters[name].detach()
+        direction = _direction(parameter)
+        expected[name] = along(torch.zeros_like(parameter) if grad is None else grad, direction)
+        parts = _parts(ruled, recorder, received, name, len(log_probs))
+        if parts is None or (not parts and grad is not None):
+            found[name] = None
+        else:
+            found[name] = add(parts).total_along(direction) if parts else torch.zeros_like(expected[name])
+    largest = max(float(value.norm()) for value in expected.values())
+    return {
+        name
+        for name, value in expected.items()
+        if (got := found[name]) is not None
+        and (got - value).norm() <= tolerance(value) * value.norm() + ROUNDING * largest
+    }
+
+
+def _direction(parameter: Tensor) -> Tensor:
+    size = parameter[0].numel() if parameter.ndim > 1 else 1
+    return torch.randn(size, generator=Generator().manual_seed(0), dtype=torch.float64).to(parameter)
+
+
+def _parts(
+    ruled: Ruled, recorder: Recorder, received: Mapping[Call, Tensor], name: str, count: int
+) -> list[SampleGradients] | None:
+    """A parameter's gradients in each of its uses; None where the rule does not know one of them."""
+    parts: list[SampleGradients] = []
+    for call, use in ruled.uses_of(recorder, name):
+        if call not in received:  # the output has no part in the log-probabilities
+            continue
+        if count > 1 and call.key not in ruled.layouts:
+            return None
+        try:
+            parts.append(ruled.gradients(call, use, name, received[call], count))
+        except (IndexError, RuntimeError, ValueError):  # shapes that this rule does not know
+            return None
+    return parts
 
 
 def _check_alone(model: Model, alone: Batch, together: Tensor) -> None:
@@ -101,7 +147,7 @@ def _check_alone(model: Model, alone: Batch, together: Tensor) -> None:
     except Exception as error:
         raise ValueError(_influence(model.module, "cannot be evaluated alone")) from error
     allowed = tolerance(log_prob)
-    if not torch.allclose(log_prob, together[:1], rtol=allowed, atol=allowed):
+    if not torch.allclose(log_prob, together, rtol=allowed, atol=allowed):
         raise ValueError(_influence(model.module, "has another log-probability alone"))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import distributions as D
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
-from tests.fisher.networks import Apply, TwoInputs
+from tests.fisher.networks import Apply, FlatInside, TwoInputs
 from tests.fisher.reference import assert_same, in_batches, slow_fisher
 
 
@@ -186,18 +187,40 @@ def test_categorical_needs_classes():
         diagonal_fisher(nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), [data()])
 
 
-def test_a_later_batch_that_is_not_first():
-    class Folding(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(5, 3)
+class Changing(nn.Module):
+    """Uses its layer on all samples, or from three samples on, on their sum."""
 
-        def forward(self, x):
-            return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]).sum(1)
+    def __init__(self, together):
+        super().__init__()
+        self.inner, self.together = nn.Linear(5, 3), together
 
-    batches = [(torch.randn(4, positions, 5), None) for positions in (1, 2)]
-    with pytest.raises(RuntimeError, match=r"layer 'inner' got inputs of shape \(8, 5\) in batch 1 of 4"):
-        diagonal_fisher(Folding(), batches)
+    def forward(self, x):
+        if len(x) < 3:
+            return self.inner(x)
+        if self.together:
+            return x[:, :3] + self.inner(x.sum(0))
+        return F.linear(x, self.inner.weight) + self.inner.bias
+
+
+def test_a_module_that_works_in_another_way_on_a_later_batch():
+    batches = [(torch.randn(size, 5), None) for size in (2, 4)]
+    with pytest.raises(RuntimeError, match=r"for the 4 samples of batch 1 together .* inner.weight"):
+        diagonal_fisher(Changing(together=True), batches)
+
+
+def test_a_module_that_does_the_same_in_another_way_on_a_later_batch():
+    network = Changing(together=False).double()
+    inputs, targets = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
+    with pytest.raises(RuntimeError, match="uses its parameters in other ways"):
+        diagonal_fisher(network, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])], labels="empirical")
+
+
+def test_batches_of_different_lengths():
+    network = FlatInside().double()
+    parts = [(torch.randn(4, length, 4, dtype=torch.float64), torch.randint(3, (4,))) for length in (1, 3, 2)]
+    expected = [slow_fisher(network, inputs, targets) for inputs, targets in parts]
+    mean = {name: sum(part[name] for part in expected) / 3 for name in expected[0]}
+    assert_same(diagonal_fisher(network, parts, labels="empirical"), mean)
 
 
 def test_a_module_without_gradients():
@@ -229,7 +252,7 @@ def test_a_parameter_without_gradients_per_sample():
             self.scale, self.last = nn.Parameter(torch.ones(5)), nn.Linear(5, 3)
 
         def forward(self, x):
-            return self.last(Once.apply(x * self.scale))
+            return self.last(Once.apply(x.abs() ** self.scale))
 
     with pytest.raises(RuntimeError, match=r"gradients could be taken of scale: .*parameters="):
         diagonal_fisher(Module(), [data()])

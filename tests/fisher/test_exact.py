@@ -8,6 +8,8 @@ from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.fallback import PerSample
+from tests.fisher.architectures import ARCHITECTURES
+from tests.fisher.layers import LAYERS, UNRULED
 from tests.fisher.networks import NETWORKS, Tokens
 from tests.fisher.reference import assert_same, bernoulli, gaussian, in_batches, slow_fisher
 
@@ -26,12 +28,62 @@ def make(name):
     return network, inputs, torch.randint(3, (SAMPLES,))
 
 
+@pytest.fixture
+def fallen_back(monkeypatch):
+    """The parameters that were left to the fallback."""
+    names = set()
+    choose = PerSample.choose
+
+    def remember(self, sample):
+        names.update(self.parameters)
+        choose(self, sample)
+
+    monkeypatch.setattr(PerSample, "choose", remember)
+    return names
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network(name):
+def test_every_network_by_rules(name, fallen_back):
     network, inputs, targets = make(name)
     expected = slow_fisher(network, inputs, targets)
     found = diagonal_fisher(network, in_batches(inputs, targets, 4), labels="empirical")
     assert_same(found, expected)
+    assert fallen_back == ({"scale"} if name == "data dependent" else set())
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *UNRULED])
+def test_every_layer(name, fallen_back):
+    network, inputs = {**LAYERS, **UNRULED}[name]
+    network, inputs, targets = network().double(), inputs(), torch.randint(3, (7,))
+    expected = slow_fisher(network, inputs, targets)
+    found = diagonal_fisher(network, in_batches(inputs, targets, 3), labels="empirical")
+    assert_same(found, expected)
+    assert bool(fallen_back) is (name in UNRULED)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_by_rules(name, fallen_back):
+    network, inputs, targets = ARCHITECTURES[name]()
+    expected = slow_fisher(network, inputs, targets)
+    found = diagonal_fisher(network, in_batches(inputs, targets, 3), labels="empirical")
+    assert_same(found, expected)
+    assert not fallen_back
+
+
+def test_the_fallback_covers_only_what_has_no_rule(fallen_back):
+    network, inputs = UNRULED["packed"]
+    network, inputs, targets = network().double(), inputs(), torch.randint(3, (7,))
+    diagonal_fisher(network, in_batches(inputs, targets, 3))
+    assert fallen_back == {f"rnn.{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")}
+
+
+def test_one_forward_pass_a_batch():
+    network, inputs, targets = make("batch norm")
+    sizes = []
+    network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    diagonal_fisher(network, in_batches(inputs, targets, 4))
+    assert sizes == [2, 1, 4, 4, 1]  # two samples to look at, one of them alone, then the batches
 
 
 def test_transformer():
@@ -40,7 +92,7 @@ def test_transformer():
         torch.randint(11, (SAMPLES, 5)),
         torch.randint(3, (SAMPLES,)),
     )
-    expected = slow_fisher(network, (tokens,), targets)
+    expected = slow_fisher(network, tokens, targets)
     found = diagonal_fisher(network, in_batches(tokens, targets, 4), labels="empirical")
     assert_same(found, expected)
 
@@ -74,9 +126,19 @@ def test_likelihoods(likelihood, log_prob):
 
 
 def test_a_chunk_may_hold_few_samples(monkeypatch):
-    monkeypatch.setattr("lightning_blip.fisher.products.CPU_CHUNK_BYTES", 10_000)
-    monkeypatch.setattr("lightning_blip.fisher.fallback.CHUNK_BYTES", 100)
-    for name in ("conv2d", "sequence", "bare"):
+    monkeypatch.setattr("lightning_blip.fisher.gradients.CPU_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("lightning_blip.fisher.fallback.BUDGET_BYTES", 1_000)
+    monkeypatch.setattr("lightning_blip.fisher.probe.BUDGET_BYTES", 1_000)
+    for name in ("conv2d", "sequence", "tied", "weight norm", "data dependent"):
+        network, inputs, targets = make(name)
+        expected = slow_fisher(network, inputs, targets)
+        assert_same(diagonal_fisher(network, [(inputs, targets)], labels="empirical"), expected)
+
+
+@pytest.mark.parametrize("multiply_adds", [0, 10**6])
+def test_both_forms_of_products_are_exact(monkeypatch, multiply_adds):
+    monkeypatch.setattr("lightning_blip.fisher.gradients.MULTIPLY_ADDS_PER_SQUARE", multiply_adds)
+    for name in ("conv2d", "conv1d", "sequence", "used twice"):
         network, inputs, targets = make(name)
         expected = slow_fisher(network, inputs, targets)
         assert_same(diagonal_fisher(network, [(inputs, targets)], labels="empirical"), expected)
@@ -98,20 +160,6 @@ def test_frozen_parameters_are_left_out():
     assert_same(found, {name: expected[name] for name in ("2.weight", "2.bias")})
 
 
-def test_rules_carry_the_layers_that_they_fit(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("went to the fallback")
-
-    monkeypatch.setattr(PerSample, "squares", refuse)
-    ruled = ["mlp", "conv2d", "same, reflect", "conv3d", "sequence", "used twice", "conv used twice"]
-    for name in [*ruled, "in-place relu on a sequence"]:
-        network, inputs, targets = make(name)
-        diagonal_fisher(network, in_batches(inputs, targets, 4))
-    network, inputs, targets = make("tied")
-    with pytest.raises(AssertionError, match="fallback"):
-        diagonal_fisher(network, in_batches(inputs, targets, 4))
-
-
 def test_vectorised_where_it_can_be(monkeypatch):
     looped = PerSample._looped_squares
 
@@ -120,12 +168,18 @@ def test_vectorised_where_it_can_be(monkeypatch):
         return looped(self, batch)
 
     monkeypatch.setattr(PerSample, "_looped_squares", one_at_most)
-    for name in ("bare", "batch norm", "tied", "sequence first", "weight norm"):
-        network, inputs, targets = make(name)
-        diagonal_fisher(network, in_batches(inputs, targets, 4))
+    network, inputs = UNRULED["exponent"]
+    diagonal_fisher(network().double(), in_batches(inputs(), torch.randint(3, (7,)), 4))
     network, inputs, targets = make("data dependent")
     with pytest.raises(AssertionError):
         diagonal_fisher(network, in_batches(inputs, targets, 4))
+
+
+def test_a_compiled_module():
+    network, (inputs,), targets = make("mlp")
+    expected = slow_fisher(network, (inputs,), targets)
+    found = diagonal_fisher(torch.compile(network), [(inputs, targets)], labels="empirical")
+    assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
 
 
 def test_channels_last():
