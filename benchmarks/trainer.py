@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 
 
 def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    """A Trainer on the CPU without logs, checkpoints, progress bar and advice.
+    """A Trainer without logs, checkpoints, progress bar and advice.
 
     Args:
         callbacks: Its callbacks.
-        options: Of ``pl.Trainer``.
+        options: Of ``pl.Trainer``; on the CPU by default.
 
     Returns:
         The Trainer.
@@ -22,11 +22,10 @@ def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     return pl.Trainer(
-        accelerator="cpu",
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"accelerator": "cpu", **options},
     )

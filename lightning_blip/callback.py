@@ -16,11 +16,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_blip.bits import LARGEST_MAX_BITS, Cell, FrozenBits, bound
-from lightning_blip.boundaries import log_metrics
+from lightning_blip.boundaries import log_metrics, sequence
 from lightning_blip.datamodule import TaskSequenceDataModule
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.heads import TaskHeads
-from lightning_blip.information import Rule, consolidate
+from lightning_blip.information import Rule, consolidate, rule_precision
+from lightning_blip.norm_stats import NormStats, TaskStatistics, freeze, thaw
 from lightning_blip.optimizer import FrozenBitsOptimizer, check_strengths
 from lightning_blip.streams import Task
 
@@ -36,8 +37,10 @@ class BLIP(pl.Callback):
 
     After each task it estimates the information that the task's data gave every parameter, and freezes that
     many of the parameter's leading bits; the optimizer moves what is left free. No data is kept, and the
-    memory does not grow with the number of tasks: 8 bytes a parameter in a checkpoint, and while training
-    up to 24 more for what each step needs at hand.
+    memory does not grow with the number of tasks: 6 bytes a parameter, of which a checkpoint needs 3 (in the
+    strict cell, under the exact rule; at most 6 otherwise). Only in the midst of a step do optimizers other
+    than SGD need a copy of the parameters. (Running statistics may be kept of each task, see
+    ``norm_stats``: a few numbers a channel.)
 
     With a :class:`TaskSequenceDataModule` all is done by itself. With a loop of one's own, call
     :meth:`consolidate` after each task; the same object, added to the next Trainer, goes on.
@@ -67,6 +70,12 @@ class BLIP(pl.Callback):
             (``"empirical"``).
         include: Name patterns (``"body.*"``) of the parameters to track; all by default.
         exclude: Name patterns of parameters to leave alone.
+        norm_stats: What becomes of the running statistics of BatchNorm and its kin, which no bits hold.
+            ``"per_task"``: each task has its own; in validation and test those of the loader's task are in
+            place (by hand: :meth:`use_task`). ``"freeze"``: the first task's stay, and normalise in the
+            training of later tasks, too. ``"shared"``: they follow the current task, as in the paper. By
+            default ``"per_task"`` for a network with :class:`TaskHeads`, where the task is known in
+            evaluation, else ``"shared"``: one head for tasks whose inputs differ learns them better so.
 
     Raises:
         ValueError: If an argument is off. In a fit: if a pattern matches no parameter, a tracked parameter is
@@ -92,6 +101,7 @@ class BLIP(pl.Callback):
         labels: Labels = "sampled",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        norm_stats: NormStats | None = None,
     ) -> None:
         if not prior > 0:
             raise ValueError(f"prior={prior} must be positive: it is the information that counts as none")
@@ -99,9 +109,14 @@ class BLIP(pl.Callback):
             raise ValueError(
                 f"max_bits={max_bits} must be 1 to {LARGEST_MAX_BITS}, what a float32 holds exactly"
             )
-        for name, value, choices in (("rule", rule, Rule), ("cell", cell, Cell), ("labels", labels, Labels)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name}={value!r} must be one of {get_args(choices)}")
+        for name, value, choices in (
+            ("rule", rule, get_args(Rule)),
+            ("cell", cell, get_args(Cell)),
+            ("labels", labels, get_args(Labels)),
+            ("norm_stats", norm_stats, (*get_args(NormStats), None)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} must be one of {choices}")
         check_strengths(scale=scale, pull=pull)
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1")
@@ -116,9 +131,12 @@ class BLIP(pl.Callback):
         self.labels: Labels = labels
         self.include = _patterns(include)
         self.exclude = _patterns(exclude)
+        self.norm_stats: NormStats | None = norm_stats
         self.tasks_learned = 0
         self._frozen: dict[str, FrozenBits] = {}
         self._wrappers: list[FrozenBitsOptimizer] = []
+        self._statistics = TaskStatistics()
+        self._first_task = 0  # of the sequence, counted over all the tasks that were ever learned
 
     @classmethod
     def paper(
@@ -163,6 +181,7 @@ class BLIP(pl.Callback):
             labels=labels,
             include=include,
             exclude=exclude,
+            norm_stats="shared",
         )
 
     def bits(self) -> dict[str, Tensor]:
@@ -171,7 +190,7 @@ class BLIP(pl.Callback):
 
     def precision(self) -> dict[str, Tensor]:
         """S_t of the exact rule, or F_{0:t} of the paper's: float32, by parameter name."""
-        return {name: frozen.precision for name, frozen in self._frozen.items()}
+        return {name: rule_precision(frozen, self.rule) for name, frozen in self._frozen.items()}
 
     @property
     def used_capacity(self) -> float:
@@ -193,6 +212,8 @@ class BLIP(pl.Callback):
                 "call as well, so that BLIP can ask the network for its prediction"
             )
         self._attach(pl_module)
+        if _has_tasks(trainer):
+            self._first_task = self.tasks_learned - sequence(trainer).learned
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Protects the parameters, whether or not tasks come from a sequence."""
@@ -202,7 +223,7 @@ class BLIP(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Finds out early whether the batches are such that information can be estimated from them."""
-        if batch_idx == 0 and isinstance(trainer.datamodule, TaskSequenceDataModule):  # type: ignore[attr-defined]
+        if batch_idx == 0 and _has_tasks(trainer):
             _inputs_and_targets(batch)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
@@ -218,6 +239,27 @@ class BLIP(pl.Callback):
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
         log_metrics(trainer, report)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Puts the running statistics of the loader's task in place."""
+        if _has_tasks(trainer):
+            self._statistics.show(pl_module, self._first_task + dataloader_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts those of the current task in place again."""
+        if _has_tasks(trainer):
+            self._statistics.back(pl_module)
+
+    on_validation_start = on_test_start = on_validation_end
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
 
     def consolidate(self, module: nn.Module | pl.Trainer, dataloader: Iterable[Any]) -> dict[str, float]:
         """Takes in what a task told, by hand: for loops without a :class:`TaskSequenceDataModule`.
@@ -267,12 +309,47 @@ class BLIP(pl.Callback):
         }
         return FrozenBitsOptimizer(optimizer, frozen, self.scale, self.pull)
 
+    def use_task(self, module: nn.Module, task: int) -> None:
+        """Gets a network ready to be evaluated on a task, in a loop of one's own.
+
+        It puts the task's running statistics in place (with ``norm_stats="per_task"``) and makes its head
+        active in every :class:`TaskHeads`. Before training goes on, ``use_task(module, blip.tasks_learned)``
+        goes back to the task being learned.
+
+        Args:
+            module: The network.
+            task: The task's index: 0 for the first that was consolidated.
+
+        Raises:
+            ValueError: If the task is neither learned nor the one being learned.
+
+        Example:
+            >>> network, blip = nn.Sequential(nn.BatchNorm1d(4), TaskHeads(4, classes=[2, 2])), BLIP()
+            >>> report = blip.consolidate(network, [(torch.randn(8, 4), torch.zeros(8))])
+            >>> blip.use_task(network, 1)
+            >>> network[1].active
+            1
+        """
+        if not 0 <= task <= self.tasks_learned:
+            raise ValueError(
+                f"task={task} must be 0 to {self.tasks_learned}: one of the {self.tasks_learned} tasks "
+                f"learned, or {self.tasks_learned} for the one being learned"
+            )
+        for heads in _heads(module):
+            # After the last task there may be no head for a next one.
+            if task < len(heads) or task < self.tasks_learned:
+                heads.active = task
+        self._statistics.back(module)
+        self._statistics.show(module, task)
+
     def state_dict(self) -> dict[str, Any]:
         """What was learned: goes into every checkpoint."""
         return {
             "tasks_learned": self.tasks_learned,
             "settings": self._settings(),
             "frozen": {name: frozen.state_dict() for name, frozen in self._frozen.items()},
+            "statistics": self._statistics.state_dict(),
+            "first_task": self._first_task,
         }
 
     def on_load_checkpoint(
@@ -292,18 +369,21 @@ class BLIP(pl.Callback):
             ValueError: If it was learned with other settings.
         """
         for name, value in self._settings().items():
-            if state_dict["settings"][name] != value:
+            if value is not None and state_dict["settings"][name] != value:
                 raise ValueError(
                     f"{name}={value!r} differs from the checkpoint's {state_dict['settings'][name]!r}: "
                     f"resume with BLIP({name}={state_dict['settings'][name]!r})"
                 )
+        self.norm_stats = state_dict["settings"]["norm_stats"]
         self.tasks_learned = state_dict["tasks_learned"]
+        self._statistics.load_state_dict(state_dict["statistics"])
+        self._first_task = state_dict["first_task"]
         self._frozen = {
             name: FrozenBits.from_state_dict(state) for name, state in state_dict["frozen"].items()
         }
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prior", "max_bits", "rule", "cell")}
+        return {name: getattr(self, name) for name in ("prior", "max_bits", "rule", "cell", "norm_stats")}
 
     def _protect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         current = trainer.strategy.optimizers
@@ -318,7 +398,7 @@ class BLIP(pl.Callback):
         trainer.strategy.optimizers = list(self._wrappers)
 
     def _attach(self, module: nn.Module) -> None:
-        """Makes a state for every tracked parameter that has none yet, and puts all on the right device."""
+        """Has a state on the right device for every tracked parameter, and the current task's statistics."""
         parameters = dict(module.named_parameters())
         missing = [name for name in self._frozen if name not in parameters]
         if missing:
@@ -339,14 +419,26 @@ class BLIP(pl.Callback):
                 )
             elif self._frozen[name].packed.device != theta.device:
                 self._frozen[name] = self._frozen[name].to(theta.device)
+        # Lightning restores the module before it asks callbacks to start: the weights are the checkpoint's.
+        for name, frozen in self._frozen.items():
+            try:
+                frozen.locate(parameters[name])
+            except ValueError as error:
+                raise ValueError(f"Parameter {name!r}: {error}") from error
+        if self.norm_stats is None:
+            self.norm_stats = "per_task" if _heads(module) else "shared"
+        self._statistics.back(module)
+        self._hold_statistics(module)
+
+    def _hold_statistics(self, module: nn.Module) -> None:
+        """Whoever guarded the network before, its running statistics move as this BLIP has them move."""
+        if self.norm_stats == "freeze" and self.tasks_learned:
+            freeze(module)
+        else:
+            thaw(module)
 
     def _tracked(self, module: nn.Module) -> dict[str, Tensor]:
-        heads = {
-            id(theta)
-            for part in module.modules()
-            if isinstance(part, TaskHeads)
-            for theta in part.parameters()
-        }
+        heads = {id(theta) for part in _heads(module) for theta in part.parameters()}
         trainable = {
             name: theta
             for name, theta in module.named_parameters()
@@ -411,7 +503,10 @@ class BLIP(pl.Callback):
             counts["newly_frozen"] += int((frozen.bits > bits).sum())
             layer = name.rpartition(".")[0] or name
             gains[layer] = gains.get(layer, 0.0) + float(gain.sum())
+        if self.norm_stats == "per_task":
+            self._statistics.keep(module, self.tasks_learned)
         self.tasks_learned += 1
+        self._hold_statistics(module)
         values = sum(frozen.packed.numel() for frozen in self._frozen.values())
         return {
             "blip/used_capacity": self.used_capacity,
@@ -424,6 +519,14 @@ class BLIP(pl.Callback):
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _has_tasks(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.datamodule, TaskSequenceDataModule)  # type: ignore[attr-defined]
+
+
+def _heads(module: nn.Module) -> list[TaskHeads]:
+    return [part for part in module.modules() if isinstance(part, TaskHeads)]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_blip.bits import FrozenBits
+from lightning_blip.bits import FrozenBits, exact_bits
 
 Rule = Literal["exact", "paper"]
 
 
 def add_precision(precision: Tensor, fisher: Tensor) -> Tensor:
-    """The exact rule's posterior precision S_t = S_{t−1} + F_t.
+    """The exact rule's posterior precision S_t = S_{t−1} + F_t, both in the same unit.
 
     Example:
         >>> add_precision(torch.tensor([1.0]), torch.tensor([3.0]))
@@ -63,19 +63,6 @@ def information_gain(after: Tensor, before: Tensor) -> Tensor:
     return 0.5 * torch.log2(after / before)
 
 
-def exact_bits(precision: Tensor, prior: float, max_bits: int) -> Tensor:
-    """The bits that the exact rule freezes: min(N, ⌈½·log2(S_t/S_0)⌉).
-
-    The gains of all tasks telescope into one logarithm, so nothing is lost to rounding up once per task.
-
-    Example:
-        >>> exact_bits(torch.tensor([1.0, 1.1, 16.0]), prior=1.0, max_bits=20)
-        tensor([0, 1, 2], dtype=torch.uint8)
-    """
-    gain = information_gain(precision, torch.tensor(prior, dtype=precision.dtype))
-    return gain.ceil().clamp(0, max_bits).to(torch.uint8)
-
-
 def paper_bits(bits: Tensor, gain: Tensor, max_bits: int) -> Tensor:
     """The bits that the paper's rule freezes: min(N, bits + max(0, ⌈IG_t⌉)).
 
@@ -88,6 +75,18 @@ def paper_bits(bits: Tensor, gain: Tensor, max_bits: int) -> Tensor:
     """
     added = gain.ceil().clamp(0, max_bits)
     return (bits + added).clamp(max=max_bits).to(torch.uint8)
+
+
+def rule_precision(frozen: FrozenBits, rule: Rule) -> Tensor:
+    """What a rule goes by: S_t, or the paper's F_{0:t}, which is S_t/(t + 1).
+
+    Example:
+        >>> frozen = FrozenBits.of(torch.zeros(1), bound=1.0, prior=8.0)
+        >>> frozen.tasks = 3
+        >>> rule_precision(frozen, "exact"), rule_precision(frozen, "paper")
+        (tensor([8.]), tensor([2.]))
+    """
+    return frozen.precision if rule == "exact" else frozen.precision / (frozen.tasks + 1)
 
 
 @torch.no_grad()
@@ -112,14 +111,15 @@ def consolidate(theta: Tensor, frozen: FrozenBits, fisher: Tensor, rule: Rule) -
         >>> frozen.bits
         tensor([2, 0], dtype=torch.uint8)
     """
-    before = frozen.precision
+    before = rule_precision(frozen, rule)
     fisher = fisher.to(before)
+    frozen.information = add_precision(frozen.information, fisher / frozen.prior)
     if rule == "exact":
-        after = add_precision(before, fisher)
+        after = frozen.precision
+        # From the precision as it is kept, so that a checkpoint need not hold the bits.
         bits = exact_bits(after, frozen.prior, frozen.max_bits)
     else:
         after = average_fisher(before, fisher, frozen.tasks + 1)
         bits = paper_bits(frozen.bits, information_gain(after, before), frozen.max_bits)
-    frozen.precision = after
     frozen.freeze(theta, bits, keep_free_bits=rule == "exact")
     return information_gain(after, before)

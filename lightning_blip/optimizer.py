@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_blip.bits import FrozenBits
+from lightning_blip.bits import BITS_MASK, FrozenBits
+from lightning_blip.step import Step, hold_back_all
 
 Closure = Callable[[], Any]
 
@@ -26,6 +27,12 @@ class FrozenBitsOptimizer(Optimizer):
     step hooks: schedulers, gradient scalers and loops may hold either of the two. Post-step hooks see
     the projected values.
 
+    Nothing is stored for this beside the frozen state. Only during a step there is a copy of the values
+    before it, where it is scaled and the optimizer is not an SGD, which keeps its update; and a mask of the
+    values with all bits frozen, where there are any. Large networks are held back by a function that
+    torch.compile makes when it is first needed, which takes some seconds; where it cannot, by the same one
+    uncompiled.
+
     Args:
         optimizer: The optimizer to wrap.
         frozen: The frozen state of each parameter to protect. States may be consolidated between steps.
@@ -33,7 +40,8 @@ class FrozenBitsOptimizer(Optimizer):
         pull: λ, how strongly a parameter is drawn to its anchor; 0 does not.
 
     Raises:
-        ValueError: If ``scale`` or ``pull`` is negative, or the optimizer is wrapped already.
+        ValueError: If ``scale`` or ``pull`` is negative, the optimizer is wrapped already, or a state was
+            restored and not located yet.
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([0.3, -0.6]))
@@ -61,11 +69,13 @@ class FrozenBitsOptimizer(Optimizer):
         if isinstance(optimizer, FrozenBitsOptimizer):
             raise ValueError(f"optimizer={optimizer!r} is wrapped already: pass its .optimizer instead")
         check_strengths(scale=scale, pull=pull)
+        if any(state.checksum is not None for state in frozen.values()):
+            raise ValueError("frozen holds restored states: call locate(theta) on each of them first")
         self.optimizer = optimizer
         self.frozen = frozen
         self.scale = scale
         self.pull = pull
-        self._walls: list[_Walls] | None = None
+        self._protected: list[_Protected] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -104,7 +114,7 @@ class FrozenBitsOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
-        self._walls = None
+        self._protected = None
 
     def __repr__(self) -> str:
         return f"FrozenBitsOptimizer({self.optimizer!r}, scale={self.scale}, pull={self.pull})"
@@ -146,11 +156,17 @@ class FrozenBitsOptimizer(Optimizer):
             handle.remove()
         return self.optimizer
 
+    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._walls is None or any(walls.outdated for walls in self._walls):
-            self._walls = self._build_walls(optimizer)
-        for walls in self._walls:
-            walls.remember()
+        if self._protected is None or any(one.outdated for one in self._protected):
+            self._protected = [
+                _Protected(theta, self.frozen[theta], group)
+                for group in optimizer.param_groups
+                for theta in group["params"]
+                if theta in self.frozen
+            ]
+        for one in self._protected:
+            one.remember(self.scale > 0 and not _keeps_its_update(optimizer, one.group))
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._mask_gradients()
@@ -165,119 +181,70 @@ class FrozenBitsOptimizer(Optimizer):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for walls in self._walls or ():
-            walls.hold_back()
-            for theta, everything in walls.unmovable:
-                for value in optimizer.state.get(theta, {}).values():
-                    if isinstance(value, Tensor) and value.shape == theta.shape:
-                        value.masked_fill_(everything, 0)
+        protected = self._protected or []
+        hold_back_all((self._step(one) for one in protected if one.tasks), self.scale)
+        for one in protected:
+            if not one.tasks:  # only the bound holds it
+                largest = one.frozen.bound * (1 - 2.0**-one.frozen.max_bits)
+                one.theta.clamp_(-largest, largest)
+            one.mask(*self.optimizer.state.get(one.theta, {}).values())
+            one.forget()
+
+    def _step(self, one: _Protected) -> Step:
+        rate = float(one.group["lr"])
+        update, factor = one.update_from_before(), 1.0
+        if update is None and self.scale and one.theta.grad is not None:
+            update = self.optimizer.state.get(one.theta, {}).get("momentum_buffer", one.theta.grad)
+            update, factor = update if update.layout == torch.strided else update.to_dense(), rate
+        return Step(one.theta, one.frozen, update, factor, rate * self.pull)
 
     def _mask_gradients(self) -> None:
-        for walls in self._walls or ():
-            for theta, everything in walls.unmovable:
-                if theta.grad is not None:
-                    theta.grad.masked_fill_(everything, 0)
-
-    def _build_walls(self, optimizer: Optimizer) -> list[_Walls]:
-        every = []
-        for group in optimizer.param_groups:
-            protected = [(theta, self.frozen[theta]) for theta in group["params"] if theta in self.frozen]
-            for learned in (False, True):
-                states = [(theta, frozen) for theta, frozen in protected if bool(frozen.tasks) is learned]
-                if states:
-                    every.append(_Walls(optimizer, group, states, self.scale, self.pull))
-        return every
+        for one in self._protected or ():
+            one.mask(one.theta.grad)
 
 
-class _Walls:
-    """What a step needs to know of the parameters of one group, as lists for the ``_foreach_`` kernels.
+class _Protected:
+    """A parameter of a group with its frozen state, and what a step needs of it from before."""
 
-    All of the group's parameters have learned a task, or none has: then only the bound B holds them.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        group: dict[str, Any],
-        states: list[tuple[Tensor, FrozenBits]],
-        scale: float,
-        pull: float,
-    ) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._states = [(frozen, frozen.packed) for _, frozen in states]
-        self._thetas = [theta for theta, _ in states]
-        learned = states[0][1].tasks > 0
-        self._scale = scale if learned else 0.0
-        self._pull = pull if learned else 0.0
-        limits = [_limits(theta, frozen) for theta, frozen in states]
-        self._lows = [low for low, _ in limits]
-        self._highs = [high for _, high in limits]
-        self.unmovable = [
-            (theta, everything)
-            for theta, frozen in states
-            if bool((everything := frozen.bits == frozen.max_bits).any())
-        ]
-        if self._scale:
-            self._remembers = not _keeps_its_update(optimizer, group)
-            self._before = [torch.empty_like(theta) for theta in self._thetas if self._remembers]
-            # The share of the update that is taken back: 1 − 2^(−p·bits).
-            self._taken_back = [
-                1 - torch.exp2(-scale * frozen.bits.to(theta.dtype)) for theta, frozen in states
-            ]
-        if self._pull:
-            self._anchors = [frozen.anchor(theta.dtype) for theta, frozen in states]
-            self._rate = -1.0
+    def __init__(self, theta: Tensor, frozen: FrozenBits, group: dict[str, Any]) -> None:
+        self.theta = theta
+        self.frozen = frozen
+        self.group = group
+        self.tasks = frozen.tasks
+        self._before: Tensor | None = None
+        self._everything: Tensor | None = None
+        self._has_unmovable = bool(self._unmovable().any())
 
     @property
     def outdated(self) -> bool:
-        """Whether a state was consolidated since."""
-        return any(frozen.packed is not packed for frozen, packed in self._states)
+        """Whether the state was consolidated since."""
+        return self.frozen.tasks != self.tasks
 
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Keeps the values before the step, where the scaled step cannot be told without them."""
-        if self._scale and self._remembers:
-            torch._foreach_copy_(self._before, self._thetas)
+    def remember(self, values: bool) -> None:
+        """Finds the values with all bits frozen and, where asked to and of use, keeps all values."""
+        if values and self.tasks:
+            self._before = self.theta.detach().clone()
+        if self._has_unmovable:
+            self._everything = self._unmovable()
 
-    @torch.no_grad()
-    def hold_back(self) -> None:
-        """Scales the step, pulls, projects."""
-        if self._scale:
-            self._scale_back()
-        if self._pull:
-            torch._foreach_lerp_(self._thetas, self._anchors, self._pulled(float(self._group["lr"])))
-        if self._thetas[0].is_cuda:  # where it is kernels that cost, few of them; else few passes over memory
-            torch._foreach_maximum_(self._thetas, self._lows)
-            torch._foreach_minimum_(self._thetas, self._highs)
-        else:
-            for theta, low, high in zip(self._thetas, self._lows, self._highs, strict=True):
-                theta.clamp_(low, high)
+    def forget(self) -> None:
+        """Frees what was remembered for one step."""
+        self._before = self._everything = None
 
-    def _scale_back(self) -> None:
-        if self._remembers:
-            torch._foreach_lerp_(self._thetas, self._before, self._taken_back)
+    def update_from_before(self) -> Tensor | None:
+        """What the step took off the values; only once, since it is worked out in place."""
+        return None if self._before is None else self._before.sub_(self.theta)
+
+    def mask(self, *tensors: Any) -> None:
+        """Sets to 0 what belongs to values with all bits frozen."""
+        if self._everything is None:
             return
-        moved = [
-            (theta, update if update.layout == torch.strided else update.to_dense(), share)
-            for theta, share in zip(self._thetas, self._taken_back, strict=True)
-            if theta.grad is not None
-            for update in [self._optimizer.state.get(theta, {}).get("momentum_buffer", theta.grad)]
-        ]
-        if moved:
-            thetas, updates, shares = (list(part) for part in zip(*moved, strict=True))
-            torch._foreach_addcmul_(thetas, updates, shares, float(self._group["lr"]))
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.shape == self.theta.shape:
+                tensor.masked_fill_(self._everything, 0)
 
-    def _pulled(self, rate: float) -> list[Tensor]:
-        """The share of the way to the anchor, ηλ(S_t − S_0)/(1 + ηλ(S_t − S_0)), for the current rate η."""
-        if rate != self._rate:
-            strengths = [
-                (frozen.precision - frozen.prior).clamp_(min=0).mul_(rate * self._pull).to(theta.dtype)
-                for theta, (frozen, _) in zip(self._thetas, self._states, strict=True)
-            ]
-            self._shares = [strength / (1 + strength) for strength in strengths]
-            self._rate = rate
-        return self._shares
+    def _unmovable(self) -> Tensor:
+        return self.frozen.packed & BITS_MASK == self.frozen.max_bits
 
 
 def check_strengths(**strengths: float) -> None:
@@ -304,10 +271,3 @@ def _keeps_its_update(optimizer: Optimizer, group: dict[str, Any]) -> bool:
         and not any(group[other] for other in ("nesterov", "maximize", "fused"))
         and bool(group["momentum"] or not group["weight_decay"])
     )
-
-
-def _limits(theta: Tensor, frozen: FrozenBits) -> tuple[Tensor, Tensor]:
-    if frozen.tasks:
-        return frozen.limits(theta.dtype)
-    largest = theta.new_tensor(frozen.bound * (1 - 2.0**-frozen.max_bits))
-    return -largest.expand_as(theta), largest.expand_as(theta)

@@ -1,5 +1,7 @@
 """Properties of codes, cells and the packed state."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,8 @@ from lightning_blip.bits import (
     decode,
     encode,
     encode_leading,
+    store_information,
+    stored_information,
 )
 
 BOUNDS = st.floats(min_value=2.0**-10, max_value=64.0, width=32)
@@ -116,21 +120,89 @@ def test_strict_cell_width_is_one_code_of_the_frozen_bits():
 def test_the_state_comes_back_exactly(case, cell):
     theta, bits, largest, max_bits = case
     frozen = FrozenBits.of(theta, largest, 1e-11, max_bits, cell)
-    frozen.precision = frozen.precision + torch.rand(theta.shape)
-    frozen.freeze(theta.clone(), bits, keep_free_bits=True)
+    frozen.information = frozen.information + torch.rand(theta.shape)
+    kept = theta.clone()
+    frozen.freeze(kept, bits, keep_free_bits=True)
     restored = FrozenBits.from_state_dict(frozen.state_dict())
+    restored.locate(kept)
     assert torch.equal(restored.packed, frozen.packed)
     assert torch.equal(restored.precision, frozen.precision)
     assert torch.equal(restored.bits, bits.to(torch.uint8))
-    assert torch.equal(restored.code, encode(theta, largest, max_bits).clamp(-(2**max_bits) + 1))
+    code = encode(theta, largest, max_bits).clamp(-(2**max_bits) + 1)
+    assert torch.equal(encode(kept, largest, max_bits), code)
+    if cell == "paper":
+        assert torch.equal(restored.code, code)
     assert (restored.bound, restored.prior, restored.max_bits) == (largest, 1e-11, max_bits)
     assert (restored.cell, restored.tasks) == (cell, 1)
 
 
-def test_the_state_takes_eight_bytes_a_value_however_many_tasks():
-    theta = torch.randn(100).clamp(-0.9, 0.9)
+@given(values_and_bits(), st.integers(0, 2**31))
+def test_in_the_strict_cell_any_values_in_it_restore_the_state(case, seed):
+    theta, bits, largest, max_bits = case
+    frozen = FrozenBits.of(theta, largest, 1.0, max_bits)
+    frozen.freeze(theta, bits, keep_free_bits=True)
+    low, high = frozen.limits(torch.float32)
+    torch.manual_seed(seed)
+    elsewhere = torch.lerp(low, high, torch.rand(theta.shape)).clamp(low, high)
+    for inside in (low, high, elsewhere):
+        restored = FrozenBits.from_state_dict(frozen.state_dict())
+        assert torch.equal(restored.bits, frozen.bits)
+        assert torch.equal(restored.precision, frozen.precision)
+        again = FrozenBits.from_state_dict(restored.state_dict())  # saved before it was located
+        again.locate(inside)
+        assert torch.equal(again.packed, frozen.packed)
+        assert again.state_dict().keys() == frozen.state_dict().keys()
+
+
+@given(values_and_bits())
+def test_a_strict_anchor_is_within_a_256th_of_its_cell(case):
+    theta, bits, largest, max_bits = case
+    frozen = FrozenBits.of(theta, largest, 1.0, max_bits)
+    frozen.freeze(theta, bits, keep_free_bits=True)
+    code = encode(theta, largest, max_bits)
+    low, high = cell_codes(code, bits, max_bits, "strict")
+    assert ((low <= frozen.code) & (frozen.code <= high)).all()
+    assert ((frozen.code - code).abs() <= (high - low + 2) / 512).all()
+    for limit, expected in zip(cell_codes(frozen.code, bits, max_bits, "strict"), (low, high), strict=True):
+        assert torch.equal(limit, expected)
+
+
+def test_other_weights_than_those_that_were_saved_are_refused():
+    theta = torch.rand(300) - 0.5
     frozen = FrozenBits.of(theta, 1.0, 1.0)
+    frozen.freeze(theta, torch.full((300,), 6), keep_free_bits=True)
+    for other in (-theta, theta.flip(0), theta + 2**-6 * (torch.arange(300) == 7)):
+        restored = FrozenBits.from_state_dict(frozen.state_dict())
+        with pytest.raises(ValueError, match="load the module's weights from the same checkpoint first"):
+            restored.locate(other)
+    with pytest.raises(ValueError, match=r"call locate\(theta\) first"):
+        restored.limits(torch.float32)
+    restored.locate(theta)
+    assert torch.equal(restored.packed, frozen.packed)
+
+
+def test_information_is_stored_to_eleven_bits_over_sixty_powers_of_two():
+    information = torch.exp2(torch.linspace(-20, 40, 100_000)) * (1 - 2**-12)
+    stored = stored_information(store_information(information))
+    assert ((stored - information).abs() <= information * 2**-11).all()
+    assert (stored.diff() >= 0).all()
+    assert torch.equal(store_information(stored), store_information(information))
+    assert stored_information(store_information(torch.tensor([math.inf]))).item() == 2**40 * (1 - 2**-11)
+
+
+def test_every_stored_information_is_stored_as_itself():
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    used = ((patterns >= 0) & (patterns < 1023 * 64)) | (patterns <= -1023 / 2**24)
+    information = stored_information(patterns[used & patterns.isfinite()]).unique()
+    assert torch.equal(stored_information(store_information(information)), information)
+
+
+def test_the_state_takes_six_bytes_a_value_and_three_in_a_checkpoint_however_many_tasks():
+    theta = torch.randn(100).clamp(-0.9, 0.9)
+    strict, paper = (FrozenBits.of(theta, 1.0, 1.0, cell=cell) for cell in ("strict", "paper"))
     for task in range(5):
-        frozen.freeze(theta, torch.full((100,), task), keep_free_bits=True)
-        size = sum(x.nbytes for x in frozen.state_dict().values() if isinstance(x, Tensor))
-        assert size == 800
+        for frozen, saved in ((strict, 300), (paper, 600)):
+            frozen.information = torch.full((100,), 4.0**task - 1)
+            frozen.freeze(theta, torch.full((100,), task), keep_free_bits=True)
+            assert sum(x.nbytes for x in vars(frozen).values() if isinstance(x, Tensor)) == 600
+            assert sum(x.nbytes for x in frozen.state_dict().values() if isinstance(x, Tensor)) == saved

@@ -83,7 +83,8 @@ def test_the_consolidated_state_is_that_of_the_formulas():
     report = blip.consolidate(network, loader())
     for name, fan_in in (("0.weight", 8), ("0.bias", 8), ("2.weight", 4), ("2.bias", 4)):
         prior = 1e-3 * fan_in
-        torch.testing.assert_close(blip.precision()[name], prior + fisher[name])
+        # The information is kept in 16 bits.
+        torch.testing.assert_close(blip.precision()[name], prior + fisher[name], rtol=2**-11, atol=0)
         expected = (0.5 * torch.log2(blip.precision()[name] / prior)).ceil().clamp(0, 20)
         assert torch.equal(blip.bits()[name], expected.to(torch.uint8))
     total = sum(int(bits.sum()) for bits in blip.bits().values())

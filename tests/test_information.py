@@ -1,5 +1,7 @@
 """From Fisher information to bits: both rules."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from lightning_blip.information import (
     exact_bits,
     information_gain,
     paper_bits,
+    rule_precision,
 )
 
 FISHERS = st.lists(
@@ -66,9 +69,9 @@ def test_the_papers_rule_by_hand():
     frozen = FrozenBits.of(theta, 1.0, prior=1.0, cell="paper")
     first = consolidate(theta, frozen, torch.tensor([31.0]), "paper")
     assert first.item() == 2.0  # (31 + 1)/2 = 16 times the prior
-    assert (frozen.bits.item(), frozen.precision.item(), theta.item()) == (2, 16.0, 0.25)
+    assert (frozen.bits.item(), rule_precision(frozen, "paper").item(), theta.item()) == (2, 16.0, 0.25)
     second = consolidate(theta, frozen, torch.tensor([40.0]), "paper")
-    assert frozen.precision.item() == pytest.approx((40 + 2 * 16) / 3)
+    assert rule_precision(frozen, "paper").item() == pytest.approx((40 + 2 * 16) / 3)
     assert second.item() == pytest.approx(0.5 * torch.log2(torch.tensor(1.5)).item())
     assert frozen.bits.item() == 3
     third = consolidate(theta, frozen, torch.tensor([0.0]), "paper")
@@ -82,7 +85,7 @@ def test_the_exact_rule_by_hand():
     consolidate(theta, frozen, torch.tensor([3.0]), "exact")
     assert (frozen.bits.item(), frozen.precision.item()) == (1, 4.0)
     consolidate(theta, frozen, torch.tensor([0.1]), "exact")
-    assert (frozen.bits.item(), frozen.precision.item()) == (2, pytest.approx(4.1))
+    assert (frozen.bits.item(), frozen.precision.item()) == (2, pytest.approx(4.1, rel=2**-11))
     assert theta.item() == pytest.approx(0.3, abs=2**-21)
 
 
@@ -93,3 +96,45 @@ def test_the_formulas():
     assert exact_bits(torch.tensor([2.0**60]), prior=1.0, max_bits=20).item() == 20
     added = paper_bits(torch.tensor([5], dtype=torch.uint8), torch.tensor([1e9]), max_bits=20)
     assert added.item() == 20
+
+
+def spread_fishers(tasks, values=20_000):
+    """Fisher information over twenty orders of magnitude, every tenth value without any."""
+    usual = torch.randn(values) * 6
+    for _ in range(tasks):
+        fisher = torch.exp(usual + torch.randn(values) * 2) * 1e-5
+        yield torch.where(torch.rand(values) < 0.1, 0.0, fisher)
+
+
+@pytest.mark.parametrize("tasks", [1, 10, 50])
+@pytest.mark.parametrize("prior", [1e-11, 1e-6, 784e-6])
+def test_sixteen_bits_of_information_freeze_what_a_float32_would(tasks, prior):
+    theta = torch.rand(20_000) - 0.5
+    frozen = FrozenBits.of(theta, 1.0, prior)
+    running = torch.full_like(theta, prior)
+    for fisher in spread_fishers(tasks):
+        consolidate(theta, frozen, fisher, "exact")
+        running += fisher
+    expected = (0.5 * torch.log2(running / prior)).ceil().clamp(0, 20)
+    difference = (frozen.bits - expected).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+    assert expected.unique().numel() > 15
+
+
+@pytest.mark.parametrize("prior", [1e-11, 1e-6, 1.0])
+def test_gains_far_below_the_prior_and_each_other_add_up(prior):
+    theta = torch.zeros(1)
+    frozen = FrozenBits.of(theta, 1.0, prior)
+    for _ in range(100):
+        consolidate(theta, frozen, torch.tensor([1e-5 * prior]), "exact")
+    assert frozen.information.item() == pytest.approx(1e-3, rel=2**-8)
+
+
+def test_bits_are_exact_at_every_power_of_two():
+    powers = torch.arange(-8, 60, dtype=torch.float64)
+    for nudge, above in ((-(2**-20), 0), (0, 0), (2**-20, 1)):
+        precision = (2.0**powers * (1 + nudge)).float()
+        expected = ((powers + above) / 2).ceil().clamp(0, 20)
+        assert torch.equal(exact_bits(precision, prior=1.0, max_bits=20), expected.to(torch.uint8))
+    assert exact_bits(torch.tensor([math.inf]), prior=1.0, max_bits=20).item() == 20

@@ -39,7 +39,7 @@ def problem(bits: Tensor | int, cell: str = "strict", gained: float = 0.0):
     """A parameter of 24 values in (−1, 1) with the given frozen bits, and its frozen state."""
     theta = nn.Parameter(torch.rand(4, 6) * 1.8 - 0.9)
     frozen = FrozenBits.of(theta, bound=1.0, prior=1.0, cell=cell)
-    frozen.precision = frozen.precision + gained
+    frozen.information = frozen.information + gained
     frozen.freeze(theta.data, torch.as_tensor(bits).expand(4, 6), keep_free_bits=True)
     return theta, frozen
 
@@ -173,7 +173,7 @@ def test_sparse_gradients_are_scaled_too():
 
 def test_the_pull_is_the_proximal_step_of_its_formula_and_follows_the_rate():
     theta, frozen = problem(0, gained=7.0)
-    anchor = theta.detach().clone()
+    anchor = frozen.anchor(torch.float32)
     inner = SGD([theta], lr=0.01)
     optimizer = FrozenBitsOptimizer(inner, {theta: frozen}, pull=3.0)
     for rate in (0.01, 0.01, 0.1):
@@ -187,7 +187,7 @@ def test_the_pull_is_the_proximal_step_of_its_formula_and_follows_the_rate():
 
 def test_a_huge_pull_stays_stable_at_the_anchor():
     theta, frozen = problem(0, gained=1e30)
-    anchor = theta.detach().clone()
+    anchor = frozen.anchor(torch.float32)
     walk(FrozenBitsOptimizer(SGD([theta], lr=1.0), {theta: frozen}, pull=1e3), theta)
     torch.testing.assert_close(theta.data, anchor)
 

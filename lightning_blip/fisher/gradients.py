@@ -29,6 +29,15 @@ def along(tensor: Tensor, direction: Tensor) -> Tensor:
     return tensor.flatten(1) @ direction.to(tensor.dtype) if tensor.ndim > 1 else tensor
 
 
+def add_squared_rows(total: Tensor, rows: Tensor) -> None:
+    """Adds the squares of ``rows``, summed over the first dimension, to ``total``."""
+    if total.is_cuda:  # where it is kernels that cost, few of them; else few passes over memory
+        total += rows.square().sum(0)
+    else:
+        for row in rows:
+            total.addcmul_(row, row)
+
+
 class SampleGradients(ABC):
     """One gradient for each of ``count`` samples, with respect to a tensor of shape ``shape``."""
 
@@ -51,8 +60,7 @@ class SampleGradients(ABC):
     def add_squares(self, total: Tensor) -> None:
         """Adds the squares, summed over samples, to ``total``."""
         for samples in self.chunks(total):
-            for row in self.rows(samples):
-                total.addcmul_(row, row)
+            add_squared_rows(total, self.rows(samples))
 
     def chunks(self, total: Tensor) -> Iterator[slice]:
         """Slices of the samples whose rows are as large as temporaries may be."""
@@ -124,8 +132,7 @@ class Products(SampleGradients):
                 self._add_gram(matrices, samples)
         else:
             for samples in self.chunks(total):
-                for product in self._products(samples):
-                    matrices.addcmul_(product, product)
+                add_squared_rows(matrices, self._products(samples))
 
     def _right(self, samples: slice) -> Tensor:
         return self.right(samples).to(self.left.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -156,3 +158,23 @@ def test_result_has_no_graph():
     module = nn.Sequential(nn.Linear(5, 4), Apply(torch.tanh), nn.LayerNorm(4))
     found = diagonal_fisher(module, [(torch.randn(8, 5), None)])
     assert not any(value.requires_grad for value in found.values())
+
+
+def test_no_tensor_of_a_pass_outlives_it():
+    module, refs = nn.Sequential(nn.Linear(5, 4), nn.ReLU(True), nn.LayerNorm(4), nn.Linear(4, 3)), []
+    for part in module:
+        part.register_forward_hook(lambda module, args, output: refs.append(weakref.ref(output)))
+    gc.disable()  # a graph that refers to itself would wait for it
+    try:
+        diagonal_fisher(module, [(torch.randn(8, 5), None)] * 2)
+        assert len(refs) > 4
+        assert not any(ref() is not None for ref in refs)
+    finally:
+        gc.enable()
+
+
+def test_parameters_that_are_not_asked_for_require_gradients_again():
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    module[0].bias.requires_grad_(False)
+    diagonal_fisher(module, [(torch.randn(8, 5), None)], parameters=["1.weight"])
+    assert [p.requires_grad for p in module.parameters()] == [True, False, True, True]

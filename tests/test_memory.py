@@ -1,0 +1,122 @@
+"""How much memory BLIP takes, in training and in checkpoints."""
+
+import copy
+import gc
+import io
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_blip import BLIP
+from tests.networks import QUIET, Net, pairs
+
+
+def reachable_bytes(*roots, apart_from):
+    """The bytes of every tensor that can be reached from objects, apart from what others reach, too."""
+    seen = {id(one) for one in everything_in(*apart_from)}
+    storages = {
+        one.untyped_storage().data_ptr() for one in everything_in(*apart_from) if isinstance(one, Tensor)
+    }
+    found = {}
+    for one in everything_in(*roots, seen=seen):
+        if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in storages:
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def everything_in(*roots, seen=None):
+    seen = set() if seen is None else seen
+    waiting, found = list(roots), []
+    while waiting:
+        one = waiting.pop()
+        # Through data, not through code: modules and classes lead everywhere.
+        if id(one) in seen or isinstance(one, type) or type(one).__name__ in ("module", "function"):
+            continue
+        seen.add(id(one))
+        found.append(one)
+        waiting.extend(gc.get_referents(one))
+        waiting.extend(vars(one).values() if isinstance(one, Tensor) else ())
+    return found
+
+
+def train(blip, optimizer, network, tasks, steps=3):
+    values = sum(theta.numel() for theta in network.parameters())
+    wrapped = blip.wrap(optimizer, network)
+    for _ in range(tasks):
+        x, y = torch.randn(40, 30), torch.randint(0, 10, (40,))
+        for _ in range(steps):
+            wrapped.zero_grad()
+            nn.functional.cross_entropy(network(x), y).backward()
+            wrapped.step()
+        blip.consolidate(network, [(x, y)])
+    return wrapped, values
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("make", [BLIP, BLIP.paper])
+def test_training_takes_six_bytes_a_parameter_beside_the_weights(make, name):
+    network = nn.Linear(30, 10)
+    optimizer = getattr(torch.optim, name)(network.parameters(), lr=0.01)
+    blip = make()
+    wrapped, values = train(blip, optimizer, network, tasks=2)
+    wrapped.step()
+    other = (network, optimizer.param_groups, optimizer.state)
+    assert reachable_bytes(blip, wrapped, apart_from=other) == 6 * values
+
+
+def test_a_checkpoint_takes_three_bytes_a_parameter_however_many_tasks():
+    network = nn.Sequential(nn.Linear(30, 400), nn.ReLU(), nn.Linear(400, 10))
+    blip = BLIP()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    sizes = set()
+    for task in range(50):
+        _, values = train(blip, optimizer, network, tasks=1, steps=1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        file = io.BytesIO()
+        torch.save(blip.state_dict(), file)
+        file.seek(0)
+        tensors = [
+            one for one in everything_in(torch.load(file, weights_only=True)) if isinstance(one, Tensor)
+        ]
+        assert sum(one.nbytes for one in tensors) == 3 * values
+        sizes.add(sum(one.nbytes for one in tensors))
+        if task:
+            assert len(file.getvalue()) <= 3 * values + 8_000
+    assert len(sizes) == 1
+    assert blip.tasks_learned == 50
+    assert blip.used_capacity > 0
+
+
+def test_a_state_saved_again_before_the_weights_are_there_is_the_same():
+    network = nn.Linear(30, 10)
+    blip = BLIP(prior=1e-4)
+    train(blip, torch.optim.SGD(network.parameters(), lr=0.5), network, tasks=2)
+    restored = BLIP(prior=1e-4)
+    restored.load_state_dict(copy.deepcopy(blip.state_dict()))
+    assert restored.used_capacity == blip.used_capacity > 0
+    again = BLIP(prior=1e-4)
+    again.load_state_dict(restored.state_dict())
+    again.wrap(torch.optim.SGD(network.parameters(), lr=0.5), network)
+    for name, frozen in blip._frozen.items():
+        assert torch.equal(again._frozen[name].packed, frozen.packed)
+        assert torch.equal(again._frozen[name].gained, frozen.gained)
+
+
+def test_the_weights_of_another_checkpoint_are_refused(tmp_path):
+    blip = BLIP(prior=1e-4)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    trainer = pl.Trainer(**{**QUIET, "callbacks": [blip, checkpoint], "enable_checkpointing": True})
+    trainer.fit(Net(), datamodule=pairs())
+    assert any((bits > 0).any() for bits in blip.bits().values())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    other = BLIP(prior=1e-4)
+    other.load_state_dict(saved["callbacks"]["BLIP"])
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match=r"'body.0.*load the module's weights from the same checkpoint"):
+        other.wrap(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), Net())
+    module = Net()
+    module.load_state_dict(saved["state_dict"])
+    other.wrap(torch.optim.SGD(module.parameters(), lr=0.1), module)
