@@ -69,9 +69,13 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in ``value``, in the order in which ``map_tensors`` meets them."""
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in tensors_of(item)]
 
 
 def _open(pair: Any, index: int, device: torch.device) -> Batch:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -26,7 +27,8 @@ class Model:
         args, kwargs = arguments(batch.inputs)
         output = self.module(*args, **kwargs)
         choose = self.likelihood.draw if self.sampled else self.likelihood.check
-        labelled = replace(batch, labels=choose(output, batch.labels, generator))
+        with torch._C.DisableTorchFunction():  # labels depend on no parameter: who watches need not look
+            labelled = replace(batch, labels=choose(output, batch.labels, generator))
         log_prob = self._of_output(output, labelled)
         if not log_prob.isfinite().all():
             raise FloatingPointError(

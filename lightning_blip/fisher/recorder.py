@@ -108,7 +108,7 @@ class Recorder(TorchFunctionMode):
             if rewritten is not NotImplemented:
                 return rewritten
         output = func(*args, **kwargs)
-        taken = tensors_of((args, kwargs))
+        taken = _taken(args, kwargs)
         origins = [self._known[id(x)][1] for x in taken if id(x) in self._known]
         names = frozenset().union(*origins)
         if (len(origins) == len(taken) and taken and func not in SPREADS) or func is torch.arange:
@@ -157,6 +157,13 @@ class Recorder(TorchFunctionMode):
             return output
         same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
         return base if same else output
+
+
+def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation took: most take no containers, and there are many operations."""
+    if kwargs or any(isinstance(x, (tuple, list, dict)) for x in args):
+        return tensors_of((args, kwargs))
+    return [x for x in args if isinstance(x, Tensor)]
 
 
 def backward(
