@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.machine import machine
 from benchmarks.memory import peak_bytes
 from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vit
 from benchmarks.trainer import quiet_trainer
@@ -211,16 +210,6 @@ def resnet50_memory(batch_size: int) -> list[list[str]]:
     return [[f"the activations, batch {batch_size}", f"{activations / MEBI:.0f} MiB", ""], *rows]
 
 
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def _print(title: str, header: list[str], rows: list[list[str]], markdown: bool) -> None:
     if markdown:
         print(f"\n{title}\n")
@@ -243,7 +232,7 @@ def main() -> None:
     repeats, device = arguments.repeats, arguments.device
     few = max(3, repeats // 3)  # of what takes seconds each time
     torch.manual_seed(0)
-    print(_machine(device))
+    print(f"{machine(device)}, torch {torch.__version__}")
     header = ["what", "without", "with", "ratio (median)", "from … to"]
     estimates = [
         fisher(MLP, repeats, device),

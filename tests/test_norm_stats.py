@@ -90,7 +90,7 @@ def test_a_resnet_with_its_weights_held_forgets_nothing(tmp_path, setting):
     assert scores[0, 0] > 0.8
     assert scores[1, 0] == scores[2, 0] == scores[0, 0]
     assert scores[2, 1] == scores[1, 1]
-    # With the first light's statistics, a new head alone learns little of another light: only that it keeps it.
+    # With the first light's statistics a new head alone learns little of another light; it keeps what it has.
     if setting == "per_task":
         assert scores[1, 1] > 0.15
 

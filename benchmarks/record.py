@@ -1,0 +1,55 @@
+"""The result of one run, kept as a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one seed of one method came to.
+
+    Attributes:
+        stream: Name of the stream.
+        method: Name of the method.
+        settings: Its arguments that were given.
+        seed: Of network, tasks and order of samples.
+        tasks: How many there were.
+        epochs: How long each was trained.
+        ACC: The average score after the last task, in %.
+        BWT: The backward transfer over the T − 1 earlier tasks, in %; None of a single task.
+        R: The score on task j after learning task i, in %, None where not measured.
+        used_capacity: Of BLIP, the share of all bits that are frozen, after each task.
+        seconds: How long the fit took.
+        machine: Where.
+        torch_version: With which torch.
+    """
+
+    stream: str
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    tasks: int
+    epochs: int
+    ACC: float
+    BWT: float | None
+    R: list[list[float | None]]
+    used_capacity: list[float]
+    seconds: float
+    machine: str
+    torch_version: str
+
+    def write(self, path: Path) -> None:
+        """Saves the record, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(json.dumps(asdict(self), default=str) + "\n")
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """A record that was saved."""
+        return cls(**json.loads(path.read_text()))

@@ -1,0 +1,168 @@
+"""The runner: what it learns is the same for every method, what it records, and where it goes on."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from benchmarks import run
+from benchmarks.protocols import PROTOCOLS
+from lightning_blip.metrics import average_score, backward_transfer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty images of ten classes that can be told apart, as either data set."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) % 10
+    looks = generator.integers(0, 200, (10, 28, 28))
+    arrays = {}
+    for part in ("train", "test"):
+        noise = generator.integers(0, 56, (40, 28, 28))
+        arrays |= {
+            f"x_{part}": (looks[labels] + noise).astype(np.uint8),
+            f"y_{part}": labels.astype(np.uint8),
+        }
+    for name in ("mnist", "fashion_mnist"):
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+@pytest.fixture
+def runner(data, tmp_path, monkeypatch):
+    """Runs two short tasks; the records lie in ``tmp_path``."""
+
+    def main(stream, method, *arguments):
+        monkeypatch.chdir(tmp_path)
+        short = ["--tasks", "2", "--epochs", "1"]
+        run.main([stream, "--method", method, "--data", str(data), *short, *arguments])
+        return {path.name: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}
+
+    return main
+
+
+class Witness(pl.Callback):
+    """Sees what a run learns, and scores each task by itself as it is frozen."""
+
+    def __init__(self):
+        self.scores, self.first, self.validations = [], [], 0
+
+    def on_fit_start(self, trainer, pl_module):
+        self.first = [theta.detach().clone() for theta in pl_module.parameters()]
+        self.first += [torch.stack([x for x, _ in task.train]) for task in trainer.datamodule.tasks]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 0:
+            self.first.append(batch[0])
+
+    def on_task_end(self, trainer, pl_module, task):
+        x, y = (torch.stack(part) for part in zip(*task.test, strict=True))
+        with torch.no_grad():
+            self.scores.append(100 * float((pl_module(x).argmax(1) == y).float().mean()))
+
+    def on_validation_start(self, trainer, pl_module):
+        self.validations += 1
+
+
+@pytest.fixture
+def witnesses(monkeypatch):
+    """One for each run, in order."""
+    seen = []
+    trainer_of = run.quiet_trainer
+
+    def witnessed(callbacks, **options):
+        seen.append(Witness())
+        return trainer_of([*callbacks, seen[-1]], **options)
+
+    monkeypatch.setattr(run, "quiet_trainer", witnessed)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("stream", "method"), [*((stream, "finetune") for stream in PROTOCOLS), ("permuted_mnist", "blip")]
+)
+def test_every_stream_is_learned_and_scored_as_the_boundary_leaves_it(stream, method, runner, witnesses):
+    (record,) = runner(stream, method, "--seeds", "1").values()
+    (witness,) = witnesses
+    R = torch.tensor([[np.nan if score is None else score for score in row] for row in record["R"]])
+    assert R[0, 1].isnan()
+    assert R.tril().isfinite().all()
+    assert record["ACC"] == pytest.approx(float(average_score(R)), abs=1e-3)
+    assert record["BWT"] == pytest.approx(float(backward_transfer(R)), abs=1e-3)
+    assert R.diagonal().tolist() == pytest.approx(witness.scores, abs=1e-3)
+    assert witness.validations == 2
+
+
+def test_a_record_says_what_was_run(runner):
+    records = runner(
+        "permuted_mnist", "blip-paper", "--seeds", "2", "--set", "prior=1e-12", "labels=empirical"
+    )
+    stem = "permuted_mnist-blip-paper-labels=empirical-prior=1e-12-tasks=2-epochs=1"
+    assert set(records) == {f"{stem}-seed0.json", f"{stem}-seed1.json"}
+    record = records[f"{stem}-seed1.json"]
+    assert record["settings"] == {"prior": 1e-12, "labels": "empirical"}
+    said = {name: record[name] for name in ("stream", "method", "seed", "tasks", "epochs", "torch_version")}
+    assert said == {
+        "stream": "permuted_mnist", "method": "blip-paper", "seed": 1, "tasks": 2, "epochs": 1,
+        "torch_version": torch.__version__,
+    }  # fmt: skip
+    assert record["machine"]
+    assert record["seconds"] > 0
+    first, second = record["used_capacity"]
+    assert 0 < first <= second <= 1
+
+
+def test_it_tells_where_it_is_and_the_mean_over_seeds(runner, capsys):
+    records = runner("permuted_mnist", "ewc", "--seeds", "2", "--set", "strength=30")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("seed 0, task 2 of 2: mean accuracy ")
+    scores = [record["ACC"] for record in records.values()]
+    assert lines[-1].startswith(
+        "permuted_mnist, ewc, strength=30, tasks=2, epochs=1, 2 seeds: "
+        f"ACC {np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} %, BWT "
+    )
+
+
+def test_a_seed_that_is_recorded_is_not_run_again(runner, witnesses, capsys):
+    before = runner("permuted_mnist", "finetune", "--seeds", "1")
+    after = runner("permuted_mnist", "finetune", "--seeds", "2")
+    assert len(witnesses) == 2  # one for each seed
+    assert before.items() < after.items()
+    assert "permuted_mnist-finetune-tasks=2-epochs=1-seed0.json is there already" in capsys.readouterr().out
+
+
+def test_all_methods_start_alike_on_the_same_samples_in_the_same_order(runner, witnesses):
+    for method in run.METHODS:
+        runner("permuted_mnist", method, "--seeds", "2")
+    for seed in (0, 1):
+        expected, *others = (witness.first for witness in witnesses[seed::2])
+        for other in others:
+            torch.testing.assert_close(other, expected, rtol=0, atol=0)
+    weights = [witness.first[0] for witness in witnesses[:2]]
+    assert not weights[0].equal(weights[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("finetune", "strength=3", "takes no arguments"),
+        ("ewc", "prior=3", "prior"),
+        ("ewc", "strength=-1", "must not be negative"),
+        ("blip", "rule=other", "must be one of"),
+        ("blip", "rule", "rule is not name=value"),
+    ],
+)
+def test_a_setting_that_the_method_lacks_is_refused(method, setting, message, runner, capsys):
+    with pytest.raises(SystemExit):
+        runner("permuted_mnist", method, "--set", setting)
+    assert message in capsys.readouterr().err
+
+
+def test_a_stream_has_no_more_tasks_than_the_data(data):
+    with pytest.raises(ValueError, match="tasks=6 is more than the 5 pairs of classes"):
+        replace(PROTOCOLS["split_mnist"], tasks=6).stream(data, seed=0)
