@@ -138,18 +138,20 @@ def stored_information(stored: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def exact_bits(precision: Tensor, prior: float, max_bits: int) -> Tensor:
-    """The bits that the exact rule freezes: min(N, ⌈½·log2(S_t/S_0)⌉).
+    """The bits that the exact rule freezes: the whole number nearest to ½·log2(S_t/S_0), N at most.
 
-    The gains of all tasks telescope into one logarithm, so nothing is lost to rounding up once per task.
+    The gains of all tasks telescope into one logarithm, so nothing is lost to rounding once per task. Rounded
+    up, as each task's gain is in the paper, any trace of information would freeze a bit: half of what a
+    parameter can be.
 
     Example:
-        >>> exact_bits(torch.tensor([1.0, 1.1, 16.0]), prior=1.0, max_bits=20)
-        tensor([0, 1, 2], dtype=torch.uint8)
+        >>> exact_bits(torch.tensor([1.0, 1.9, 2.0, 16.0]), prior=1.0, max_bits=20)
+        tensor([0, 0, 1, 2], dtype=torch.uint8)
     """
-    # The pattern of a float32 is its exponent and then its mantissa: rounded up to two whole exponents it is
-    # ⌈½·log2⌉, and that on every machine, as a checkpoint that does not hold the bits needs it.
+    # The pattern of a float32 is its exponent and then its mantissa. Counted from half a bit, in two whole
+    # exponents, it gives the same bits on every machine, as a checkpoint that does not hold them needs it.
     pattern = (precision.to(torch.float32) / prior).view(torch.int32) - (127 << 23)
-    return ((pattern + (1 << 24) - 1) >> 24).clamp(0, max_bits).to(torch.uint8)
+    return ((pattern + (1 << 23)) >> 24).clamp(0, max_bits).to(torch.uint8)
 
 
 def _free_bits(bits: Tensor, max_bits: int) -> Tensor:
@@ -157,11 +159,23 @@ def _free_bits(bits: Tensor, max_bits: int) -> Tensor:
     return max_bits - bits + (bits == 0)
 
 
+def _place_of_zero(bits: Tensor, max_bits: int) -> Tensor:
+    """What code 0 becomes where codes are counted so that cells begin at multiples of their width.
+
+    With all N + 1 bits free the only cell is the interval, which begins at −2^N.
+    """
+    third = torch.full_like(bits, 2**max_bits // 3, dtype=torch.int32)
+    zero: Tensor = third.masked_fill(bits == 0, 0) + 2**max_bits
+    return zero
+
+
 def cell_codes(code: Tensor, bits: Tensor, max_bits: int, cell: Cell) -> tuple[Tensor, Tensor]:
     """The lowest and the highest code that a parameter may take while its leading bits are frozen.
 
-    In the strict cell the code ⌊θ/B·2^bits⌋ (two's complement) never changes; in the paper's, θ stays within
-    ±B·2^−bits of its anchor. Zero bits leave the whole interval free, all N of them nothing.
+    In the strict cell the code ⌊(θ/B + ⅓)·2^bits⌋ never changes. The third keeps 0 away from the edges of
+    all cells, however many bits: without it, one frozen bit would hold the sign of a weight near 0. In the
+    paper's cell, θ stays within ±B·2^−bits of its anchor. Zero bits leave the whole interval free, all N of
+    them nothing.
 
     Args:
         code: int32 codes of the anchors on the grid of N bits.
@@ -174,23 +188,57 @@ def cell_codes(code: Tensor, bits: Tensor, max_bits: int, cell: Cell) -> tuple[T
 
     Example:
         >>> cell_codes(torch.tensor([5]), torch.tensor([2]), max_bits=4, cell="strict")
-        (tensor([4]), tensor([7]))
+        (tensor([3]), tensor([6]))
         >>> cell_codes(torch.tensor([5]), torch.tensor([2]), max_bits=4, cell="paper")
         (tensor([1]), tensor([9]))
     """
     most = 2**max_bits
     free = _free_bits(bits.to(code.dtype), max_bits)
     if cell == "strict":
-        # Counted from the lowest one, codes have no sign: with all N + 1 bits free, a cell is the interval.
-        leading = -1 << free
-        low = ((code + most) & leading) - most
-        return low.clamp(min=1 - most), low + ~leading
+        leading, zero = -1 << free, _place_of_zero(bits, max_bits)
+        low = ((code + zero) & leading) - zero
+        return low.clamp(min=1 - most), (low + ~leading).clamp(max=most - 1)
     width = (1 << free) & -2  # 0 where no bit is free
     return (code - width).clamp(min=1 - most), (code + width).clamp(max=most - 1)
 
 
+class Paced:
+    """Counts the steps, and adds up their learning rates, until a pull is due.
+
+    The pulls lie a twentieth of the steps since the boundary apart: so there are enough of them in short
+    tasks, too.
+
+    Attributes:
+        total: How many steps there were since the last boundary.
+        steps: How many since the last pull.
+        rate: The sum of their learning rates.
+    """
+
+    total: int
+    steps: int
+    rate: float
+
+    def due(self, rate: float, every: int) -> float:
+        """Counts a step; the sum of the rates if a pull is due, else 0.
+
+        Args:
+            rate: The step's learning rate.
+            every: The most steps from one pull to the next.
+        """
+        self.total += 1
+        self.steps += 1
+        self.rate += rate
+        return self.collected() if self.steps >= min(every, 1 + self.total // 20) else 0.0
+
+    def collected(self) -> float:
+        """The sum of the rates since the last pull; the next one is counted from here."""
+        rate = self.rate
+        self.steps, self.rate = 0, 0.0
+        return rate
+
+
 @dataclass
-class FrozenBits:
+class FrozenBits(Paced):
     """The frozen state of one parameter tensor: 6 bytes a value, however many tasks were learned.
 
     In the strict cell the anchor is kept to 8 bits behind the frozen ones, 1/256 of its cell: the bits behind
@@ -207,6 +255,9 @@ class FrozenBits:
         cell: ``"strict"`` or ``"paper"``, see :func:`cell_codes`.
         tasks: How many tasks have been consolidated into it.
         checksum: Of the frozen bits that :meth:`locate` has yet to read from the parameter; None once it has.
+        total: See :class:`Paced`, as for the other two.
+        steps: Steps.
+        rate: Learning rates.
 
     Example:
         >>> theta = torch.tensor([0.3, -0.6])
@@ -214,7 +265,7 @@ class FrozenBits:
         >>> frozen.freeze(theta, bits=torch.tensor([2, 0]), keep_free_bits=True)
         >>> low, high = frozen.limits(torch.float32)
         >>> low, high
-        (tensor([ 0.2500, -1.0000]), tensor([0.5000, 1.0000]))
+        (tensor([ 0.1667, -1.0000]), tensor([0.4167, 1.0000]))
     """
 
     packed: Tensor
@@ -225,6 +276,9 @@ class FrozenBits:
     cell: Cell = "strict"
     tasks: int = 0
     checksum: int | None = None
+    total: int = 0
+    steps: int = 0
+    rate: float = 0.0
 
     @classmethod
     def of(
@@ -272,6 +326,11 @@ class FrozenBits:
         """θ*, the values right after the last boundary; in the strict cell to 1/256 of the cell."""
         return decode(self.code, self.bound, self.max_bits, dtype)
 
+    def predicted_forgetting(self, theta: Tensor) -> Tensor:
+        """½·Σ (S − S_0)·(θ − θ*)²/t: what values cost the tasks learned, on average, in nats a sample."""
+        drift = theta - self.anchor(theta.dtype)
+        return 0.5 * self.prior * (self.information * drift.square()).sum() / max(self.tasks, 1)
+
     def limits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value that the frozen bits allow."""
         low, high = cell_codes(self.code, self.bits, self.max_bits, self.cell)
@@ -281,10 +340,15 @@ class FrozenBits:
         )
 
     def frozen_code(self, theta: Tensor) -> Tensor:
-        """The frozen leading bits as read back from the values themselves: ⌊θ/B·2^bits⌋, 0 where bits = 0."""
+        """The frozen leading bits as read back from the values themselves.
+
+        They are ⌊(θ/B + ⅓)·2^bits⌋ in the strict cell, ⌊θ/B·2^bits⌋ in the paper's, and 0 where bits = 0.
+        """
         bits = self.bits.to(torch.int32)
-        code = encode(theta.detach(), self.bound, self.max_bits) >> (self.max_bits - bits)
-        return code.masked_fill(bits == 0, 0)
+        code = encode(theta.detach(), self.bound, self.max_bits)
+        if self.cell == "strict":
+            code = code + 2**self.max_bits // 3
+        return (code >> (self.max_bits - bits)).masked_fill(bits == 0, 0)
 
     @torch.no_grad()
     def freeze(self, theta: Tensor, bits: Tensor, keep_free_bits: bool) -> None:
@@ -305,6 +369,7 @@ class FrozenBits:
         code = code.clamp(*cell_codes(self.code, self.bits, self.max_bits, self.cell))
         self._anchor_at(code, bits.to(torch.int32))
         self.tasks += 1
+        self.total = 0
         theta.copy_(decode(code, self.bound, self.max_bits, theta.dtype))
 
     def locate(self, theta: Tensor) -> None:
@@ -318,14 +383,14 @@ class FrozenBits:
         """
         if self.checksum is None:
             return
-        free = self._free_bits
-        code = encode(theta.detach().to(self.packed.device), self.bound, self.max_bits) + 2**self.max_bits
+        free, zero = self._free_bits, self._place_of_zero
+        code = encode(theta.detach().to(self.packed.device), self.bound, self.max_bits) + zero
         if _checksum(code >> free) != self.checksum:
             raise ValueError(
                 "The parameter's frozen bits are not those that were saved with its state: load the module's "
                 "weights from the same checkpoint first"
             )
-        self.packed = self.packed + (((code >> free << free) - 2**self.max_bits) << BITS_FIELD)
+        self.packed = self.packed + (((code >> free << free) - zero) << BITS_FIELD)
         self.checksum = None
 
     def to(self, device: torch.device) -> FrozenBits:
@@ -340,7 +405,7 @@ class FrozenBits:
         del state["packed"]
         bits, free = self.bits, self._free_bits
         derived = torch.equal(bits, exact_bits(self.precision, self.prior, self.max_bits))
-        code = self._code_from_lowest
+        code = self._counted_code
         return {
             **state,
             "bits": None if derived else bits,
@@ -370,14 +435,19 @@ class FrozenBits:
         return _free_bits(self.packed & BITS_MASK, self.max_bits)
 
     @property
-    def _code_from_lowest(self) -> Tensor:
-        """The code counted from the lowest one: N + 1 bits, no sign; the frozen ones are 0 while unknown."""
+    def _place_of_zero(self) -> Tensor:
+        return _place_of_zero(self.packed & BITS_MASK, self.max_bits)
+
+    @property
+    def _counted_code(self) -> Tensor:
+        """The code counted as cells are, without a sign; the frozen bits are 0 while unknown."""
         code = self.packed >> BITS_FIELD
-        return code + 2**self.max_bits if self.checksum is None else code
+        return code + self._place_of_zero if self.checksum is None else code
 
     def _anchor_at(self, code: Tensor, bits: Tensor) -> None:
         if self.cell == "strict":
-            code = _middle(code, _rest(_free_bits(bits, self.max_bits)))
+            zero = _place_of_zero(bits, self.max_bits)
+            code = _middle(code + zero, _rest(_free_bits(bits, self.max_bits))) - zero
         self.packed = (code << BITS_FIELD) | bits
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import pytorch_lightning as pl
 import torch
@@ -15,54 +17,97 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_blip.bits import LARGEST_MAX_BITS, Cell, FrozenBits, bound
-from lightning_blip.boundaries import log_metrics, sequence
+from lightning_blip.averaging import MeanWeights
+from lightning_blip.bits import LARGEST_MAX_BITS, Cell
+from lightning_blip.boundaries import TaskStopping, log_metrics, sequence
 from lightning_blip.datamodule import TaskSequenceDataModule
+from lightning_blip.defaults import (
+    KRONECKER_DAMPING,
+    KRONECKER_PULL,
+    choose_damping,
+    choose_prior,
+    choose_pull,
+)
 from lightning_blip.fisher import diagonal_fisher
+from lightning_blip.fisher.kronecker import FactorObserver, Factors
+from lightning_blip.fisher.overlap import OverlapObserver
 from lightning_blip.heads import TaskHeads
-from lightning_blip.information import Rule, consolidate, rule_precision
+from lightning_blip.information import Rule
+from lightning_blip.network import Basis, FrozenNetwork, damped
 from lightning_blip.norm_stats import NormStats, TaskStatistics, freeze, thaw
-from lightning_blip.optimizer import FrozenBitsOptimizer, check_strengths
+from lightning_blip.optimizer import FrozenBitsOptimizer, check_every, check_strengths
 from lightning_blip.streams import Task
 
 Likelihood = str | Callable[[Any], torch.distributions.Distribution]
 Labels = Literal["sampled", "empirical"]
+Auto = Literal["auto"]
 
 # The batch that the paper's code averages its loss over: its Fisher is the true one over the square of this.
 _PAPERS_BATCH_SIZE = 100
+# Labels are drawn for so many samples, or more, of however few there are.
+_LEAST_DRAWS = 1_000
+# The weights that a task ends with are the mean of those that it had after this share of its training.
+_AVERAGED_FROM = 0.8
 
 
 class BLIP(pl.Callback):
     """Bit-Level Information Preserving: learns tasks one after another without forgetting the earlier ones.
 
     After each task it estimates the information that the task's data gave every parameter, and freezes that
-    many of the parameter's leading bits; the optimizer moves what is left free. No data is kept, and the
-    memory does not grow with the number of tasks: 6 bytes a parameter, of which a checkpoint needs 3 (in the
-    strict cell, under the exact rule; at most 6 otherwise). Only in the midst of a step do optimizers other
-    than SGD need a copy of the parameters. (Running statistics may be kept of each task, see
-    ``norm_stats``: a few numbers a channel.)
+    many of the parameter's leading bits; what is left free is pulled towards where the task left it, in
+    proportion to its information. Nothing has to be chosen: what a sensible setting depends on is measured
+    on the first task, and can be read from :attr:`chosen`.
+
+    No data is kept, and the memory does not grow with the number of tasks: 6 bytes a parameter, of which a
+    checkpoint needs 3 (in the strict cell, under the exact rule; at most 6 otherwise); in the Kronecker basis
+    4 bytes a parameter and 4·(in² + out²) a layer. Over the last fifth of a task the mean of the weights
+    takes 4 bytes more, and in the midst of a step scaled updates of optimizers other than SGD do. (Running
+    statistics may be kept of each task, see ``norm_stats``: a few numbers a channel.)
 
     With a :class:`TaskSequenceDataModule` all is done by itself. With a loop of one's own, call
     :meth:`consolidate` after each task; the same object, added to the next Trainer, goes on.
 
-    It tracks every trainable parameter but those inside :class:`TaskHeads`, and logs at each boundary, to
-    every logger: ``blip/used_capacity`` (Σ bits / Σ N), ``blip/information_gain`` (bits, summed, and for each
-    layer), ``blip/newly_frozen_share`` (of the parameters, those with more frozen bits than before the task),
-    ``blip/at_wall_share`` (those that the task pushed against their frozen bits), ``blip/drifted_share``
-    (those whose frozen bits changed all the same: none in the strict cell) and ``blip/seconds``.
+    It tracks every trainable parameter but those inside :class:`TaskHeads`. While a task trains it logs, as
+    often as the Trainer does and to every logger, ``blip/predicted_forgetting`` (see
+    :meth:`predicted_forgetting`), ``blip/used_capacity`` (Σ bits / Σ N) and ``blip/at_wall_share`` (of the
+    parameters, those that the task pushes against their frozen bits). At each boundary it logs besides
+    ``blip/information_gain`` (bits, summed, and for each layer), ``blip/newly_frozen_share`` (those with more
+    frozen bits than before the task), ``blip/drifted_share`` (those whose frozen bits changed all the same:
+    none in the strict cell), ``blip/seconds``, and what was chosen.
 
     Args:
         prior: F_0, the information per input of a layer and sample that counts as none. A larger one freezes
-            less.
+            less. By default chosen at the first boundary, see
+            :func:`lightning_blip.defaults.choose_prior`.
         max_bits: N, the most bits of a parameter that can be frozen, 1 to 20.
         rule: ``"exact"``: the posterior precision S_t = S_{t−1} + F_t tells the bits, and the free bits keep
             their values. ``"paper"``: the running mean of the Fisher does, and parameters are rounded to
             their frozen bits.
         cell: ``"strict"``: frozen bits never change. ``"paper"``: a parameter stays within ±B·2^−bits of
             where it was at the last boundary.
-        scale: p: steps are multiplied by 2^(−p·bits). 0 is the paper.
-        pull: λ: strength of the pull towards the parameters of the last boundary. 0 is the paper.
+        basis: ``"diagonal"``: information is measured parameter by parameter. ``"kronecker"``: that of linear
+            maps and convolutions in the eigenbasis of their Kronecker-factored Fisher information, where it
+            is much closer to diagonal; it remembers more and takes more memory. See
+            :class:`lightning_blip.kronecker.KroneckerBits`.
+        scale: p: steps are multiplied by 2^(−p·bits). 0, as in the paper, leaves them as they are.
+        pull: λ: strength of the pull towards the parameters of the last boundary. 0 is the paper. By default
+            chosen at the first boundary, see :func:`lightning_blip.defaults.choose_pull`; 3 in the Kronecker
+            basis.
+        damping: δ: how much of a layer's information counts for all of its outputs alike. 0 is the paper. By
+            default chosen at the first boundary, see :func:`lightning_blip.defaults.choose_damping`; 0.2 in
+            the Kronecker basis.
+        every: The most steps from one pull to the next. Each makes up for all steps since the last one.
+        expected_tasks: How many tasks the prior is to leave room for.
+        forgetting_budget: What the frozen bits alone may allow to be forgotten, in nats a sample of each
+            task; it tells the prior, instead of a share of the bits.
+        average: Whether a task ends with the mean of its weights over the last fifth of its training, each
+            taken right after a pull. Not where ``TaskStopping`` restores its best weights, nor in a loop of
+            one's own.
+        rank: The most directions that are kept of a layer's inputs, and of its outputs, in the Kronecker
+            basis; all by default.
         samples: How many training samples of a task are used to estimate its Fisher information.
+        smoothing: The share of labels that are drawn uniformly instead of from the network's prediction. A
+            network that is sure of every sample has no Fisher information, and forgets all the same.
         likelihood: What the network's output parametrises: ``"categorical"`` (logits), ``"gaussian"`` (unit
             variance), ``"bernoulli"`` (logits), or a callable that makes a ``torch.distributions``
             distribution of it.
@@ -90,21 +135,31 @@ class BLIP(pl.Callback):
 
     def __init__(
         self,
-        prior: float = 1e-6,
+        prior: float | Auto = "auto",
         max_bits: int = LARGEST_MAX_BITS,
         rule: Rule = "exact",
         cell: Cell = "strict",
-        scale: float = 0.5,
-        pull: float = 3.0,
+        basis: Basis = "diagonal",
+        scale: float = 0.0,
+        pull: float | Auto = "auto",
+        damping: float | Auto = "auto",
+        every: int = 100,
+        expected_tasks: int = 10,
+        forgetting_budget: float | None = None,
+        average: bool = True,
+        rank: int | None = None,
         samples: int = 8_000,
+        smoothing: float = 0.02,
         likelihood: Likelihood = "categorical",
         labels: Labels = "sampled",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         norm_stats: NormStats | None = None,
     ) -> None:
-        if not prior > 0:
-            raise ValueError(f"prior={prior} must be positive: it is the information that counts as none")
+        if prior != "auto" and (isinstance(prior, str) or not prior > 0):
+            raise ValueError(
+                f'prior={prior} must be positive, the information that counts as none, or "auto"'
+            )
         if not 1 <= max_bits <= LARGEST_MAX_BITS:
             raise ValueError(
                 f"max_bits={max_bits} must be 1 to {LARGEST_MAX_BITS}, what a float32 holds exactly"
@@ -112,30 +167,58 @@ class BLIP(pl.Callback):
         for name, value, choices in (
             ("rule", rule, get_args(Rule)),
             ("cell", cell, get_args(Cell)),
+            ("basis", basis, get_args(Basis)),
             ("labels", labels, get_args(Labels)),
             ("norm_stats", norm_stats, (*get_args(NormStats), None)),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {choices}")
-        check_strengths(scale=scale, pull=pull)
-        if samples < 1:
-            raise ValueError(f"samples={samples} must be at least 1")
+        strengths = {"scale": scale, "pull": pull, "damping": damping}
+        check_strengths(**{name: value for name, value in strengths.items() if value != "auto"})
+        check_every(every)
+        for name, count in (("samples", samples), ("expected_tasks", expected_tasks), ("rank", rank)):
+            if count is not None and not count >= 1:
+                raise ValueError(f"{name}={count} must be at least 1")
+        if forgetting_budget is not None and not forgetting_budget > 0:
+            raise ValueError(f"forgetting_budget={forgetting_budget} must be positive, in nats a sample")
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"smoothing={smoothing} must be 0 to 1, the share of labels drawn uniformly")
+        if basis == "kronecker" and (rule == "paper" or scale > 0):
+            raise ValueError(
+                f"rule={rule!r} with scale={scale} is not known in basis='kronecker': "
+                "take rule='exact' and scale=0, or basis='diagonal'"
+            )
         self.prior = prior
         self.max_bits = max_bits
         self.rule: Rule = rule
         self.cell: Cell = cell
+        self.basis: Basis = basis
         self.scale = scale
         self.pull = pull
+        self.damping = damping
+        self.every = every
+        self.expected_tasks = expected_tasks
+        self.forgetting_budget = forgetting_budget
+        self.average = average
+        self.rank = rank
         self.samples = samples
+        self.smoothing = smoothing
         self.likelihood = likelihood
         self.labels: Labels = labels
         self.include = _patterns(include)
         self.exclude = _patterns(exclude)
         self.norm_stats: NormStats | None = norm_stats
         self.tasks_learned = 0
-        self._frozen: dict[str, FrozenBits] = {}
-        self._wrappers: list[FrozenBitsOptimizer] = []
+        #: The prior, pull and damping in use: as given, or as chosen at the first boundary.
+        self.chosen: dict[str, float] = {
+            name: value
+            for name, value in (("prior", prior), ("pull", pull), ("damping", damping))
+            if not isinstance(value, str)
+        }
+        self._network = FrozenNetwork(max_bits, rule, cell, basis, rank)
+        self._wrappers: WeakSet[FrozenBitsOptimizer] = WeakSet()
         self._statistics = TaskStatistics()
+        self._mean = MeanWeights()
         self._first_task = 0  # of the sequence, counted over all the tasks that were ever learned
 
     @classmethod
@@ -176,6 +259,9 @@ class BLIP(pl.Callback):
             cell="paper",
             scale=0.0,
             pull=0.0,
+            damping=0.0,
+            average=False,
+            smoothing=0.0,
             samples=samples,
             likelihood=likelihood,
             labels=labels,
@@ -185,19 +271,40 @@ class BLIP(pl.Callback):
         )
 
     def bits(self) -> dict[str, Tensor]:
-        """How many leading bits of each parameter are frozen: uint8, by parameter name."""
-        return {name: frozen.bits for name, frozen in self._frozen.items()}
+        """How many leading bits of each parameter are frozen: uint8, by parameter name.
+
+        Of a layer in the Kronecker basis, by the name of its weight: of each coordinate ω, (out, in), or
+        (out, in + 1) where there is a bias.
+        """
+        return self._network.bits()
 
     def precision(self) -> dict[str, Tensor]:
-        """S_t of the exact rule, or F_{0:t} of the paper's: float32, by parameter name."""
-        return {name: rule_precision(frozen, self.rule) for name, frozen in self._frozen.items()}
+        """S_t of the exact rule, or F_{0:t} of the paper's: float32, by name, as :meth:`bits`."""
+        return self._network.precision()
 
     @property
     def used_capacity(self) -> float:
         """The share of all bits that are frozen, Σ bits / Σ N, 0 to 1."""
-        bits = self.bits().values()
-        total = sum(part.numel() for part in bits) * self.max_bits
-        return sum(int(part.sum()) for part in bits) / total if total else 0.0
+        return self._network.used_capacity
+
+    def predicted_forgetting(self, module: nn.Module) -> float:
+        """What a network has forgotten since the last boundary, as its information tells, without any data.
+
+        Args:
+            module: The network.
+
+        Returns:
+            ½·Σ (S_t − S_0)·(θ − θ*)²/t, the rise of the past tasks' loss to second order, in nats a sample.
+
+        Example:
+            >>> network, blip = nn.Linear(4, 2), BLIP()
+            >>> report = blip.consolidate(network, [(torch.randn(8, 4), torch.zeros(8))])
+            >>> before = blip.predicted_forgetting(network)
+            >>> network.weight.data += 0.1
+            >>> blip.predicted_forgetting(network) > before
+            True
+        """
+        return self._network.predicted_forgetting(module) if self.tasks_learned else 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out early whether it can work with the module."""
@@ -226,16 +333,30 @@ class BLIP(pl.Callback):
         if batch_idx == 0 and _has_tasks(trainer):
             _inputs_and_targets(batch)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Averages the end of a task, and logs what it has the past ones forget, without looking at them."""
+        if self.average and _has_tasks(trainer) and self._network.just_pulled:
+            done = sequence(trainer).share_done(batch_idx + 1, trainer.num_training_batches)
+            if done > _AVERAGED_FROM:
+                self._mean.add(pl_module)
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if self.tasks_learned and trainer.loggers and steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            log_metrics(trainer, self._state_of(pl_module))
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Protects the parameters from the task's new optimizers."""
         self._protect(trainer, pl_module)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Consolidates the task that was just learned."""
-        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        if not any(isinstance(one, TaskStopping) and one.restore_best for one in _callbacks(trainer)):
+            self._mean.put_in_place(pl_module)
+        loader = sequence(trainer).train_dataloader()
         quiet = trainer.progress_bar_callback is None
         try:
-            report = self._consolidate(pl_module, _as_in_training(trainer, loader), _size(loader), quiet)
+            report = self._consolidate(pl_module, _as_in_training(trainer, loader), _draws(loader), quiet)
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
         log_metrics(trainer, report)
@@ -274,7 +395,7 @@ class BLIP(pl.Callback):
 
         Raises:
             ValueError: If there are no batches, or not such batches.
-            FloatingPointError: If the loss is not finite; nothing has changed then.
+            FloatingPointError: If the loss is not finite; nothing is consolidated then.
 
         Example:
             >>> network = nn.Linear(4, 2)
@@ -285,8 +406,8 @@ class BLIP(pl.Callback):
         """
         if isinstance(module, pl.Trainer):
             batches = _as_in_training(module, dataloader)
-            return self._consolidate(module.lightning_module, batches, _size(dataloader))
-        return self._consolidate(module, dataloader, _size(dataloader))
+            return self._consolidate(module.lightning_module, batches, _draws(dataloader))
+        return self._consolidate(module, _passes(dataloader), _draws(dataloader))
 
     def wrap(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> FrozenBitsOptimizer:
         """Protects the parameters from an optimizer, in a loop of one's own; a Trainer's are by themselves.
@@ -303,11 +424,16 @@ class BLIP(pl.Callback):
             >>> optimizer = BLIP().wrap(torch.optim.SGD(network.parameters(), lr=0.1), network)
         """
         self._attach(module)
-        parameters = dict(module.named_parameters())
-        frozen: Mapping[Tensor, FrozenBits] = {
-            parameters[name]: state for name, state in self._frozen.items()
-        }
-        return FrozenBitsOptimizer(optimizer, frozen, self.scale, self.pull)
+        wrapper = FrozenBitsOptimizer(
+            optimizer,
+            self._network.by_parameter(module),
+            self.scale,
+            self.chosen.get("pull", 0.0),
+            self.every,
+            self._network.by_layer(module),
+        )
+        self._wrappers.add(wrapper)
+        return wrapper
 
     def use_task(self, module: nn.Module, task: int) -> None:
         """Gets a network ready to be evaluated on a task, in a loop of one's own.
@@ -347,9 +473,11 @@ class BLIP(pl.Callback):
         return {
             "tasks_learned": self.tasks_learned,
             "settings": self._settings(),
-            "frozen": {name: frozen.state_dict() for name, frozen in self._frozen.items()},
+            "chosen": self.chosen,
+            "frozen": self._network.state_dict(),
             "statistics": self._statistics.state_dict(),
             "first_task": self._first_task,
+            "mean": self._mean.state_dict(),
         }
 
     def on_load_checkpoint(
@@ -378,53 +506,30 @@ class BLIP(pl.Callback):
         self.tasks_learned = state_dict["tasks_learned"]
         self._statistics.load_state_dict(state_dict["statistics"])
         self._first_task = state_dict["first_task"]
-        self._frozen = {
-            name: FrozenBits.from_state_dict(state) for name, state in state_dict["frozen"].items()
-        }
+        self._mean.load_state_dict(state_dict["mean"])
+        self.chosen = dict(state_dict["chosen"])
+        self._network.load_state_dict(state_dict["frozen"])
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prior", "max_bits", "rule", "cell", "norm_stats")}
+        names = ("prior", "max_bits", "rule", "cell", "basis", "pull", "damping", "norm_stats")
+        return {name: getattr(self, name) for name in names}
 
     def _protect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         current = trainer.strategy.optimizers
         # A module may hand out the same optimizer again: it must not be wrapped twice.
-        for wrapper in self._wrappers:
+        for wrapper in list(self._wrappers):
             if all(wrapper is not optimizer for optimizer in current):
                 wrapper.unwrap()
-        self._wrappers = [
+                self._wrappers.discard(wrapper)
+        trainer.strategy.optimizers = [
             optimizer if isinstance(optimizer, FrozenBitsOptimizer) else self.wrap(optimizer, pl_module)
             for optimizer in current
         ]
-        trainer.strategy.optimizers = list(self._wrappers)
 
     def _attach(self, module: nn.Module) -> None:
         """Has a state on the right device for every tracked parameter, and the current task's statistics."""
-        parameters = dict(module.named_parameters())
-        missing = [name for name in self._frozen if name not in parameters]
-        if missing:
-            raise ValueError(
-                f"The module has no parameters {missing}, which BLIP has learned about: "
-                "use a new BLIP() for another network"
-            )
-        layers = _layers(module)
-        for name, theta in self._tracked(module).items():
-            if name not in self._frozen:
-                fan_in, bias = layers.get(name, (None, False))
-                self._frozen[name] = FrozenBits.of(
-                    theta,
-                    bound(theta, fan_in, bias=bias),
-                    self.prior * (fan_in or 1),
-                    self.max_bits,
-                    self.cell,
-                )
-            elif self._frozen[name].packed.device != theta.device:
-                self._frozen[name] = self._frozen[name].to(theta.device)
-        # Lightning restores the module before it asks callbacks to start: the weights are the checkpoint's.
-        for name, frozen in self._frozen.items():
-            try:
-                frozen.locate(parameters[name])
-            except ValueError as error:
-                raise ValueError(f"Parameter {name!r}: {error}") from error
+        self._network.attach(module, self._tracked(module))
+        self._set_prior(module)
         if self.norm_stats is None:
             self.norm_stats = "per_task" if _heads(module) else "shared"
         self._statistics.back(module)
@@ -464,15 +569,58 @@ class BLIP(pl.Callback):
                 )
         return tracked
 
+    def _set_prior(self, module: nn.Module) -> None:
+        if "prior" in self.chosen:
+            self._network.set_prior(module, self.chosen["prior"])
+
     @torch.no_grad()
     def _consolidate(
         self, module: nn.Module, batches: Iterable[Any], size: int | None, quiet: bool = False
     ) -> dict[str, float]:
         start = time.perf_counter()
         self._attach(module)
-        parameters = dict(module.named_parameters())
+        predicted = self.predicted_forgetting(module)
+        shares = {"at_wall": self._network.at_walls(module), "drifted": self._network.drifted(module)}
+        pull = self.chosen.get("pull", 0.0)
+        self._network.settle(module, pull)
+        fishers, factors = self._estimate(module, batches, size, quiet)
+        before = self.bits()
+        gains = self._network.consolidate(module, fishers, factors)
+        shares["newly_frozen"] = sum(_newly_frozen(before[name], bits) for name, bits in self.bits().items())
+        for wrapper in self._wrappers:
+            wrapper.pull = self.chosen["pull"]
+        if self.norm_stats == "per_task":
+            self._statistics.keep(module, self.tasks_learned)
+        self.tasks_learned += 1
+        self._hold_statistics(module)
+        by_layer: dict[str, float] = {}
+        for name, gain in gains.items():
+            layer = name.rpartition(".")[0] or name
+            by_layer[layer] = by_layer.get(layer, 0.0) + float(gain.sum())
+        return {
+            "blip/predicted_forgetting": predicted,
+            "blip/used_capacity": self.used_capacity,
+            "blip/information_gain": sum(by_layer.values()),
+            **{f"blip/information_gain/{layer}": gain for layer, gain in by_layer.items()},
+            **{f"blip/{what}_share": count / self._network.values for what, count in shares.items()},
+            **{f"blip/{name}": value for name, value in self.chosen.items()},
+            "blip/seconds": time.perf_counter() - start,
+        }
+
+    def _estimate(
+        self, module: nn.Module, batches: Iterable[Any], size: int | None, quiet: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """The task's Fisher information by parameter name, and its factors by layer, damped."""
+        own = dict(module.named_parameters())
         # A parameter that is not trained any more keeps what was frozen; nothing moves it.
-        moving = {name: state for name, state in self._frozen.items() if parameters[name].requires_grad}
+        moving = [name for name in self._network.names if own[name].requires_grad]
+        layers = {
+            weight: bias
+            for weight, bias in self._network.biases.items()
+            if weight in moving and (bias is None or bias in moving)
+        }
+        factors = FactorObserver(module, layers)
+        overlaps = OverlapObserver(max(own[name].numel() for name in moving))
         with _progress_bar(min(self.samples, size or self.samples), quiet) as progress:
             fishers = diagonal_fisher(
                 module,
@@ -480,8 +628,13 @@ class BLIP(pl.Callback):
                 likelihood=self.likelihood,
                 labels=self.labels,
                 samples=self.samples,
+                smoothing=self.smoothing,
                 generator=torch.Generator().manual_seed(self.tasks_learned),
-                parameters=list(moving),
+                parameters=moving,
+                observers=[
+                    factors,
+                    *([overlaps] if self.basis == "diagonal" and not self._all_chosen else []),
+                ],
                 progress=progress,
             )
         for name, fisher in fishers.items():
@@ -490,35 +643,63 @@ class BLIP(pl.Callback):
                     f"The Fisher information of {name!r} is not finite, although the loss is: look for "
                     "gradients that overflow, such as of a square root at 0"
                 )
-        counts = dict.fromkeys(("newly_frozen", "at_wall", "drifted"), 0)
-        gains: dict[str, float] = {}
-        for name, frozen in moving.items():
-            theta, bits = parameters[name].data, frozen.bits
-            low, high = frozen.limits(theta.dtype)
-            anchored = frozen.frozen_code(frozen.anchor(theta.dtype))
-            counts["at_wall"] += int(((bits > 0) & ((theta <= low) | (theta >= high))).sum())
-            counts["drifted"] += int((frozen.frozen_code(theta) != anchored).sum())
-            theta.clamp_(low, high)
-            gain = consolidate(theta, frozen, fishers[name], self.rule)
-            counts["newly_frozen"] += int((frozen.bits > bits).sum())
-            layer = name.rpartition(".")[0] or name
-            gains[layer] = gains.get(layer, 0.0) + float(gain.sum())
-        if self.norm_stats == "per_task":
-            self._statistics.keep(module, self.tasks_learned)
-        self.tasks_learned += 1
-        self._hold_statistics(module)
-        values = sum(frozen.packed.numel() for frozen in self._frozen.values())
+        calibrated = {}
+        for weight, factor in factors.factors().items():
+            bias = layers[weight]
+            trace = fishers[weight].sum() + (0.0 if bias is None else fishers[bias].sum())
+            calibrated[weight] = factor.calibrated(trace)
+        for weight in layers.keys() - calibrated.keys():
+            raise ValueError(
+                f"The layer of {weight!r} has no Kronecker factors, since its weight is used outside of its "
+                f"own operation: leave it out with exclude={weight!r}, or take basis='diagonal'"
+            )
+        if not self._all_chosen:
+            self._choose_strengths(fishers, overlaps)
+        fishers, calibrated = damped(module, fishers, calibrated, self.chosen["damping"])
+        if "prior" not in self.chosen:
+            measured = self._network.measured(module, fishers, calibrated)
+            self.chosen["prior"] = choose_prior(
+                measured, self.max_bits, self.expected_tasks, self.forgetting_budget
+            )
+        self._set_prior(module)
+        return fishers, calibrated
+
+    @property
+    def _all_chosen(self) -> bool:
+        return {"pull", "damping"} <= self.chosen.keys()
+
+    def _choose_strengths(self, fishers: Mapping[str, Tensor], overlaps: OverlapObserver) -> None:
+        """Chooses pull and damping, where they are not given."""
+        seen = [fishers[name] for name in sorted(overlaps.names)]
+        norm, trace = overlaps.squared_norm(), float(sum(fisher.sum() for fisher in seen))
+        pull, damping = KRONECKER_PULL, KRONECKER_DAMPING
+        if self.basis == "diagonal" and norm and trace:
+            pull = choose_pull(norm, float(sum(fisher.square().sum() for fisher in seen)))
+            damping = choose_damping(norm, trace)
+        self.chosen = {"pull": pull, "damping": damping, **self.chosen}
+
+    def _state_of(self, module: nn.Module) -> dict[str, float]:
+        """What is logged while a task trains, and at its end."""
         return {
+            "blip/predicted_forgetting": self.predicted_forgetting(module),
             "blip/used_capacity": self.used_capacity,
-            "blip/information_gain": sum(gains.values()),
-            **{f"blip/information_gain/{layer}": gain for layer, gain in gains.items()},
-            **{f"blip/{what}_share": count / values for what, count in counts.items()},
-            "blip/seconds": time.perf_counter() - start,
+            "blip/at_wall_share": self._network.at_walls(module) / max(self._network.values, 1),
         }
+
+
+def _newly_frozen(before: Tensor, after: Tensor) -> int:
+    """How many values, or coordinates in order of their eigenvalues, have more frozen bits than before."""
+    known = torch.zeros_like(after)
+    known[tuple(slice(size) for size in before.shape)] = before
+    return int((after > known).sum())
 
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def _has_tasks(trainer: pl.Trainer) -> bool:
@@ -531,17 +712,6 @@ def _heads(module: nn.Module) -> list[TaskHeads]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _layers(module: nn.Module) -> dict[str, tuple[int, bool]]:
-    """fan_in, and whether it is the bias, of every parameter of a Linear or Conv layer, by name."""
-    layers = {}
-    for prefix, part in module.named_modules():
-        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            fan_in = part.weight[0].numel()
-            for name in ("weight", "bias"):
-                layers[f"{prefix}.{name}" if prefix else name] = (fan_in, name == "bias")
-    return layers
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
@@ -563,7 +733,7 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 
 def _as_in_training(trainer: pl.Trainer, dataloader: Iterable[Any]) -> Iterator[Any]:
     """The batches as ``training_step`` gets them: in the Trainer's precision, after the module's hooks."""
-    for batch in dataloader:
+    for batch in _passes(dataloader):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -572,7 +742,20 @@ def _as_in_training(trainer: pl.Trainer, dataloader: Iterable[Any]) -> Iterator[
 def _size(dataloader: Iterable[Any]) -> int | None:
     """How many samples a loader has, where it can be known."""
     dataset = getattr(dataloader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    return len(dataset) if isinstance(dataset, Sized) and len(dataset) else None
+
+
+def _passes(dataloader: Iterable[Any]) -> Iterator[Any]:
+    """The batches, again and again if they are few: labels that are drawn differ from pass to pass."""
+    size = _size(dataloader) or _LEAST_DRAWS
+    for _ in range(math.ceil(_LEAST_DRAWS / size)):
+        yield from dataloader
+
+
+def _draws(dataloader: Iterable[Any]) -> int | None:
+    """How many samples those passes have."""
+    size = _size(dataloader)
+    return None if size is None else size * math.ceil(_LEAST_DRAWS / size)
 
 
 @contextmanager

@@ -148,6 +148,18 @@ class TaskSequenceDataModule(pl.LightningDataModule):
         """How many epochs are left, over all tasks to come."""
         return sum(self.epochs[self.learned :]) - self.epoch
 
+    def share_done(self, batches: int, of: float) -> float:
+        """The share of the current task's training that is done, 0 to 1, if it is not ended early.
+
+        Args:
+            batches: How many of the current epoch are done.
+            of: How many an epoch has.
+
+        Returns:
+            The share.
+        """
+        return (self.epoch + batches / of) / self.epochs[self.task.index]
+
     def setup(self, stage: str) -> None:
         """Puts the owner of the boundaries in its place."""
         trainer = self.trainer

@@ -22,6 +22,7 @@ from lightning_blip.curves import ForgettingCurves
 from lightning_blip.datamodule import TaskSequenceDataModule
 from lightning_blip.heads import TaskHeads
 from lightning_blip.metrics import average_score, backward_transfer
+from lightning_blip.network import Basis
 
 
 class Digits(pl.LightningModule):
@@ -72,9 +73,7 @@ def demo(
     hidden: int = 100,
     learning_rate: float = 0.3,
     batch_size: int = 32,
-    prior: float = 1e-6,
-    pull: float = 3.0,
-    scale: float = 0.5,
+    basis: Basis = "kronecker",
     seed: int = 0,
     output: Path = Path("demo_results"),
 ) -> None:
@@ -86,16 +85,14 @@ def demo(
         hidden: Width of the network's two hidden layers.
         learning_rate: Of plain SGD.
         batch_size: Samples a batch.
-        prior: BLIP's prior information.
-        pull: Strength of BLIP's pull to the weights of the last boundary.
-        scale: How strongly frozen bits slow a weight down.
+        basis: Of BLIP: ``"diagonal"`` or ``"kronecker"``.
         seed: Of weights, permutations and the order of samples.
         output: Where tables and pictures go.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     console = Console()
-    methods = {"fine-tuning": None, "BLIP": BLIP(prior=prior, pull=pull, scale=scale)}
+    methods = {"fine-tuning": None, "BLIP": BLIP(basis=basis)}
     results: dict[str, Tensor] = {}
     for name, blip in methods.items():
         console.print(

@@ -50,6 +50,7 @@ class Step:
         update: None if there was no step, or it is not to be scaled.
         factor: See above.
         pull: η·λ, the learning rate times the strength of the pull; 0 for none.
+        seldom: Whether there are so few such steps that no function is compiled for them.
     """
 
     theta: Tensor
@@ -57,6 +58,7 @@ class Step:
     update: Tensor | None
     factor: float
     pull: float
+    seldom: bool = False
 
     @property
     def values(self) -> Values:
@@ -82,6 +84,7 @@ class Step:
             self.frozen.cell,
             self.update is None,
             self.pull == 0,
+            self.seldom,
         )
 
 
@@ -166,7 +169,7 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _alone(step: Step, constants: Tensor, scale: float) -> None:
     values, max_bits, cell = _flat(step.values), step.frozen.max_bits, step.frozen.cell
-    if _compiled(values, constants, max_bits, cell):
+    if not step.seldom and _compiled(values, constants, max_bits, cell):
         return
     starts = range(0, len(values.theta), CHUNK) if values.theta.ndim == 1 else ()
     chunks = [values.each(itemgetter(slice(start, start + CHUNK))) for start in starts]

@@ -112,8 +112,15 @@ def test_strict_cells_nest(case):
 
 def test_strict_cell_width_is_one_code_of_the_frozen_bits():
     low, high = cell_codes(torch.tensor([100, -100]), torch.tensor([3, 3]), max_bits=8, cell="strict")
-    assert low.tolist() == [96, -128]
-    assert high.tolist() == [127, -97]
+    assert low.tolist() == [75, -117]
+    assert high.tolist() == [106, -86]
+
+
+@pytest.mark.parametrize("bits", range(1, 15))
+def test_zero_lies_a_third_of_a_strict_cell_from_its_edges(bits):
+    low, high = cell_codes(torch.tensor([0]), torch.tensor([bits]), max_bits=20, cell="strict")
+    edges = sorted([-low.item() / 2 ** (20 - bits), (high.item() + 1) / 2 ** (20 - bits)])
+    assert edges == pytest.approx([1 / 3, 2 / 3], abs=2.0 ** (bits - 20))
 
 
 @given(values_and_bits(), CELLS)
@@ -161,8 +168,8 @@ def test_a_strict_anchor_is_within_a_256th_of_its_cell(case):
     frozen.freeze(theta, bits, keep_free_bits=True)
     code = encode(theta, largest, max_bits)
     low, high = cell_codes(code, bits, max_bits, "strict")
-    assert ((low <= frozen.code) & (frozen.code <= high)).all()
-    assert ((frozen.code - code).abs() <= (high - low + 2) / 512).all()
+    width = 2.0 ** (max_bits - bits + (bits == 0))  # the cell's, before the interval cuts it short
+    assert ((frozen.code - code).abs() <= width / 512 + 0.5).all()
     for limit, expected in zip(cell_codes(frozen.code, bits, max_bits, "strict"), (low, high), strict=True):
         assert torch.equal(limit, expected)
 

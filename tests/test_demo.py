@@ -29,7 +29,7 @@ def test_help_tells_the_settings(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, "demo", "--help")
     printed = capsys.readouterr().out
-    for setting in ("--tasks", "--prior", "--pull", "--seed"):
+    for setting in ("--tasks", "--basis", "--seed"):
         assert setting in printed
 
 

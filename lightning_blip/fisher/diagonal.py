@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from lightning_blip.fisher.batches import Batch, read
+from lightning_blip.fisher.gradients import Observer
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.likelihood import find_likelihood
 from lightning_blip.fisher.model import Model
@@ -26,7 +27,9 @@ def diagonal_fisher(
     samples: int | None = None,
     generator: Generator | None = None,
     *,
+    smoothing: float = 0.0,
     parameters: Iterable[str] | None = None,
+    observers: Iterable[Observer] = (),
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]:
     r"""The diagonal of the Fisher information matrix of any module, one value for each parameter.
@@ -63,7 +66,10 @@ def diagonal_fisher(
         samples: The largest number of samples to use; default, all.
         generator: A CPU generator for the labels; default, a new one seeded with 0. The labels drawn do not
             depend on the division into batches, except those of a distribution without ``icdf``.
+        smoothing: Labels are drawn from (1 − smoothing)·p(y | x) + smoothing·uniform, where they are classes
+            or yes and no. With 0 it is the Fisher information, which vanishes where the module is sure.
         parameters: The names of the parameters to estimate; default, all that require gradients.
+        observers: See the same gradients, for more than their squares.
         progress: Called with the number of samples done since its last call.
 
     Returns:
@@ -89,14 +95,19 @@ def diagonal_fisher(
     """
     if labels not in ("sampled", "empirical"):
         raise ValueError(f'labels={labels!r} is not known: give "sampled" or "empirical".')
+    if not 0 <= smoothing <= 1:
+        raise ValueError(
+            f"smoothing={smoothing} must be 0, for the module's own prediction, to 1, for none of it."
+        )
     if samples is not None and samples < 1:
         raise ValueError(
             f"samples={samples} leaves nothing to estimate from: give at least 1, or None for all."
         )
     wanted = _wanted(module, parameters)
     device = next(iter(wanted.values())).device
-    model = Model(module, find_likelihood(likelihood, device), sampled=labels == "sampled")
+    model = Model(module, find_likelihood(likelihood, device, smoothing), sampled=labels == "sampled")
     generator = Generator().manual_seed(0) if generator is None else generator
+    observers = list(observers)
     done = probed = 0
     with left_as_before(module, device, wanted.values()):
         sums = {
@@ -112,8 +123,10 @@ def diagonal_fisher(
             if not ruled.covers(recorder, batch.size):
                 ruled, rest = probe(model, wanted, batch[:2])
                 _check_covers(ruled, recorder, batch)
-            ruled.add_squares(log_prob.sum(), recorder, batch.size, sums)
+            ruled.add_squares(log_prob.sum(), recorder, batch.size, sums, observers)
             rest.add_squares(batch, sums)
+            for observer in observers:
+                observer.end_batch(batch.size)
             done += batch.size
             if progress is not None:
                 progress(batch.size)

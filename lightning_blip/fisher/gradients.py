@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ def add_squared_rows(total: Tensor, rows: Tensor) -> None:
             total.addcmul_(row, row)
 
 
+class Observer(Protocol):
+    """Looks at the gradients of an estimate as they come, batch by batch."""
+
+    def see(self, name: str, gradients: SampleGradients) -> None:
+        """Looks at what a parameter's gradients are for the samples of a batch, if a rule serves it."""
+
+    def end_batch(self, size: int) -> None:
+        """Knows now that all parameters of a batch of so many samples have been seen."""
+
+
 class SampleGradients(ABC):
     """One gradient for each of ``count`` samples, with respect to a tensor of shape ``shape``."""
 
@@ -61,6 +72,19 @@ class SampleGradients(ABC):
         """Adds the squares, summed over samples, to ``total``."""
         for samples in self.chunks(total):
             add_squared_rows(total, self.rows(samples))
+
+    def overlaps(self, block: int) -> Tensor:
+        """The inner products of the gradients of neighbours.
+
+        Args:
+            block: Samples are neighbours in blocks of so many; what is left over has no neighbours.
+
+        Returns:
+            (blocks, block, block).
+        """
+        starts = range(0, self.count // block * block, block)
+        rows = (self.rows(slice(start, start + block)).flatten(1) for start in starts)
+        return torch.stack([part @ part.T for part in rows])
 
     def chunks(self, total: Tensor) -> Iterator[slice]:
         """Slices of the samples whose rows are as large as temporaries may be."""
@@ -133,6 +157,32 @@ class Products(SampleGradients):
         else:
             for samples in self.chunks(total):
                 add_squared_rows(matrices, self._products(samples))
+
+    def overlaps(self, block: int) -> Tensor:
+        """The inner products of neighbours' gradients; at a single position no gradient is formed."""
+        if self.positions > 1:
+            return super().overlaps(block)
+        kept = slice(self.count // block * block)
+        parts = (self.left[kept], self._right(kept))
+        left, right = (part.reshape(-1, block, self.groups, part.shape[2]).transpose(1, 2) for part in parts)
+        return ((left @ left.mT) * (right @ right.mT)).sum(1)
+
+    def add_factors(self, of_input: Tensor, of_output: Tensor) -> None:
+        """Adds the Kronecker factors, summed over samples and positions, of a map of one group.
+
+        Args:
+            of_input: Σ r·rᵀ, (n, n), or (n + 1, n + 1) with an input more that is always 1: the bias's.
+            of_output: Σ l·lᵀ, (m, m).
+        """
+        for samples in self.chunks(of_input):
+            left, right = (
+                part.flatten(0, 1).movedim(1, 0).flatten(1)
+                for part in (self.left[samples], self._right(samples))
+            )
+            ones = right.new_ones(len(of_input) - self.n, right.shape[1])
+            right = torch.cat([right, ones])
+            of_input.addmm_(right, right.T)
+            of_output.addmm_(left, left.T)
 
     def _right(self, samples: slice) -> Tensor:
         return self.right(samples).to(self.left.dtype)

@@ -49,7 +49,10 @@ class Likelihood(ABC):
 
 
 class CategoricalLogits(Likelihood):
-    """One of C classes for each sample, pixel or token."""
+    """One of C classes for each sample, pixel or token; drawn with so much of the uniform mixed in."""
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self._smoothing = smoothing
 
     @override
     def log_prob(self, output: Any, labels: Tensor) -> Tensor:
@@ -60,7 +63,8 @@ class CategoricalLogits(Likelihood):
     @override
     def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
         logits = _logits(output).detach()
-        drawn = _draw_class(logits.movedim(_class_dim(logits, targets), -1), generator)
+        logits = logits.movedim(_class_dim(logits, targets), -1)
+        drawn = _draw_class(logits, generator, self._smoothing)
         if isinstance(targets, Tensor) and targets.shape == drawn.shape:
             drawn = drawn.masked_fill(targets == IGNORED, IGNORED)
         return drawn
@@ -97,7 +101,10 @@ class UnitGaussian(Likelihood):
 
 
 class BernoulliLogits(Likelihood):
-    """Yes or no for each output."""
+    """Yes or no for each output; drawn with so much of the uniform mixed in."""
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self._smoothing = smoothing
 
     @override
     def log_prob(self, output: Any, labels: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ class BernoulliLogits(Likelihood):
     @override
     def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
         logits = _tensor(output).detach()
-        return _draw_yes(logits.double().sigmoid(), generator).to(logits.dtype)
+        return _draw_yes(logits.double().sigmoid(), generator, self._smoothing).to(logits.dtype)
 
     @override
     def check(self, output: Any, targets: Any, generator: Generator) -> Tensor:
@@ -116,9 +123,12 @@ class BernoulliLogits(Likelihood):
 class FromDistribution(Likelihood):
     """The distribution that a callable makes of the output."""
 
-    def __init__(self, distribution: Callable[[Any], Distribution], device: torch.device) -> None:
+    def __init__(
+        self, distribution: Callable[[Any], Distribution], device: torch.device, smoothing: float
+    ) -> None:
         self._distribution = distribution
         self._device = device
+        self._smoothing = smoothing
 
     @override
     @_without_validation()
@@ -140,9 +150,9 @@ class FromDistribution(Likelihood):
         while isinstance(distribution, Independent):
             distribution = distribution.base_dist
         if isinstance(distribution, Categorical):
-            return _draw_class(distribution.logits, generator)
+            return _draw_class(distribution.logits, generator, self._smoothing)
         if isinstance(distribution, Bernoulli):
-            drawn = _draw_yes(distribution.probs.double(), generator)
+            drawn = _draw_yes(distribution.probs.double(), generator, self._smoothing)
             return drawn.to(distribution.probs.dtype)
         return self._draw_by_quantile(distribution, generator)
 
@@ -161,23 +171,25 @@ class FromDistribution(Likelihood):
         return distribution.sample()
 
 
-_NAMED: dict[str, type[Likelihood]] = {
+_NAMED: dict[str, Callable[[float], Likelihood]] = {
     "categorical": CategoricalLogits,
-    "gaussian": UnitGaussian,
+    "gaussian": lambda _: UnitGaussian(),
     "bernoulli": BernoulliLogits,
 }
 
 
-def find_likelihood(likelihood: str | Callable[[Any], Distribution], device: torch.device) -> Likelihood:
+def find_likelihood(
+    likelihood: str | Callable[[Any], Distribution], device: torch.device, smoothing: float
+) -> Likelihood:
     """The likelihood of this name, or the one that a callable defines."""
     if isinstance(likelihood, str) and likelihood in _NAMED:
-        return _NAMED[likelihood]()
+        return _NAMED[likelihood](smoothing)
     if isinstance(likelihood, str) or not callable(likelihood):
         raise ValueError(
             f"likelihood={likelihood!r} is not known: give one of {', '.join(map(repr, _NAMED))}, "
             "or a callable that makes a torch.distributions.Distribution of the module's output."
         )
-    return FromDistribution(likelihood, device)
+    return FromDistribution(likelihood, device, smoothing)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -229,12 +241,18 @@ def _uniform(shape: torch.Size, device: torch.device, generator: Generator) -> T
     return draws.clamp_min_(2.0**-54).to(device)
 
 
-def _draw_class(logits: Tensor, generator: Generator) -> Tensor:
+def _draw_class(logits: Tensor, generator: Generator, smoothing: float) -> Tensor:
     """Class indices by inverse CDF; the classes are the last dimension."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
+    cdf = logits.double().softmax(-1).lerp_(_even(logits), smoothing).cumsum(-1)
     level = _uniform(logits.shape[:-1], logits.device, generator).unsqueeze(-1) * cdf[..., -1:]
     return (cdf <= level).sum(-1).clamp_max(logits.shape[-1] - 1)
 
 
-def _draw_yes(probability: Tensor, generator: Generator) -> Tensor:
-    return _uniform(probability.shape, probability.device, generator) < probability
+def _even(logits: Tensor) -> Tensor:
+    return logits.new_full((), 1 / logits.shape[-1], dtype=torch.float64)
+
+
+def _draw_yes(probability: Tensor, generator: Generator, smoothing: float) -> Tensor:
+    return _uniform(probability.shape, probability.device, generator) < probability.lerp(
+        torch.full_like(probability, 0.5), smoothing
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_blip.fisher.gradients import Pulled, SampleGradients, add, at_least_single
+from lightning_blip.fisher.gradients import Observer, Pulled, SampleGradients, add, at_least_single
 from lightning_blip.fisher.layout import ALONE, Layout
 from lightning_blip.fisher.recorder import Call, Key, Recorder, Use, backward
 
@@ -30,7 +30,14 @@ class Ruled:
             for call, _, _ in self._uses(recorder)
         )
 
-    def add_squares(self, total: Tensor, recorder: Recorder, count: int, sums: Mapping[str, Tensor]) -> None:
+    def add_squares(
+        self,
+        total: Tensor,
+        recorder: Recorder,
+        count: int,
+        sums: Mapping[str, Tensor],
+        observers: Sequence[Observer] = (),
+    ) -> None:
         """Adds the squared gradients of each sample's part of ``total`` to ``sums``, by parameter name."""
         several: defaultdict[str, list[SampleGradients]] = defaultdict(list)
         uses: defaultdict[Call, list[tuple[Use, str]]] = defaultdict(list)
@@ -38,11 +45,16 @@ class Ruled:
         for call, use, name in self._uses(recorder):
             uses[call].append((use, name))
 
+        def finish(name: str, gradients: SampleGradients) -> None:
+            gradients.add_squares(sums[name])
+            for observer in observers:
+                observer.see(name, gradients)
+
         def receive(call: Call, grad: Tensor) -> None:
             for use, name in uses.pop(call):
                 gradients = self.gradients(call, use, name, grad, count)
                 if name in alone:
-                    gradients.add_squares(sums[name])
+                    finish(name, gradients)
                 else:
                     several[name].append(gradients)
 
@@ -50,7 +62,7 @@ class Ruled:
             call.receive = partial(receive, call)
         backward(total, recorder.calls)
         for name in list(several):
-            add(several.pop(name)).add_squares(sums[name])
+            finish(name, add(several.pop(name)))
 
     def gradients(self, call: Call, use: Use, name: str, grad: Tensor, count: int) -> SampleGradients:
         """What one use of a parameter adds to its gradients, from the gradient of the call's output."""
