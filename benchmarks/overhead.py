@@ -1,4 +1,4 @@
-"""What BLIP costs: the Fisher estimate and the training step, each against the same work without it."""
+"""What BLIP costs: estimates, training steps and boundaries against the same work without it, and memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -24,15 +25,28 @@ from benchmarks.memory import peak_bytes
 from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vit
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP
+from lightning_blip.bits import FrozenBits
 from lightning_blip.fisher import diagonal_fisher
+from lightning_blip.kronecker import KroneckerBits
 
 Batches = list[tuple[Tensor, Tensor]]
+Options = dict[str, Any]
 MEBI = 2**20
+# Arguments of BLIP.
+DIAGONAL: Options = {}
+KRONECKER: Options = {"basis": "kronecker"}
+LOW_RANK: Options = {"basis": "kronecker", "rank": 256}
+# So many steps into a task, pulls have become as rare as they get.
+LATE = 1_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the shape of its inputs, and how much of each work is timed."""
+    """A network, the shape of its inputs, and how much of each work is timed.
+
+    Of the ``steps`` of a fit BLIP pulls at every ``every``-th, so that few are enough to see a pull; what
+    that takes is then counted as often as BLIP pulls by itself.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -41,6 +55,7 @@ class Case:
     batch_size: int
     step_batch_size: int
     steps: int
+    every: int
 
     def batches(self, samples: int, batch_size: int, device: str) -> Batches:
         """Random inputs and labels of ten classes."""
@@ -50,11 +65,55 @@ class Case:
 
 
 MLP = Case(
-    "MLP 784-1200", lambda: nn.Sequential(mlp(784, 1200), nn.Linear(1200, 10)), (784,), 1000, 100, 64, 60
+    "MLP 784-1200",
+    lambda: nn.Sequential(mlp(784, 1200), nn.Linear(1200, 10)),
+    shape=(784,),
+    samples=1000,
+    batch_size=100,
+    step_batch_size=64,
+    steps=200,
+    every=20,
 )
-ALEXNET = Case("AlexNet", lambda: nn.Sequential(alexnet(), nn.Linear(2048, 10)), (3, 32, 32), 200, 50, 64, 20)
-RESNET = Case("ResNet-18", resnet18, (3, 32, 32), 64, 32, 64, 4)
-VIT = Case("ViT", vit, (3, 32, 32), 64, 32, 64, 6)
+NARROW = Case(
+    "MLP 784-100-100",
+    lambda: nn.Sequential(mlp(784, 100, 100), nn.Linear(100, 10)),
+    shape=(784,),
+    samples=1000,
+    batch_size=100,
+    step_batch_size=10,
+    steps=800,
+    every=100,
+)
+ALEXNET = Case(
+    "AlexNet",
+    lambda: nn.Sequential(alexnet(), nn.Linear(2048, 10)),
+    shape=(3, 32, 32),
+    samples=200,
+    batch_size=50,
+    step_batch_size=64,
+    steps=20,
+    every=5,
+)
+RESNET = Case(
+    "ResNet-18",
+    resnet18,
+    shape=(3, 32, 32),
+    samples=64,
+    batch_size=32,
+    step_batch_size=64,
+    steps=6,
+    every=2,
+)
+VIT = Case(
+    "ViT",
+    vit,
+    shape=(3, 32, 32),
+    samples=64,
+    batch_size=32,
+    step_batch_size=64,
+    steps=6,
+    every=2,
+)
 
 
 def _plain(network: nn.Module, batches: Batches) -> None:
@@ -163,32 +222,86 @@ class _StepTimes(pl.Callback):
         self._last = now
 
 
-def step(case: Case, repeats: int, device: str) -> list[str]:
-    """One training step within the same Lightning Trainer, without BLIP and with it, in turn."""
-    ((inputs, targets),) = case.batches(case.step_batch_size, case.step_batch_size, "cpu")
-    samples = TensorDataset(inputs.repeat(case.steps, *[1] * (inputs.ndim - 1)), targets.repeat(case.steps))
+def _states(blip: BLIP, module: nn.Module) -> list[FrozenBits | KroneckerBits]:
+    """All that BLIP keeps of a module."""
+    wrapper = blip.wrap(torch.optim.SGD(module.parameters()), module)
+    return [*wrapper.frozen.values(), *wrapper.layers.values()]
 
-    def seconds_of(blip: BLIP | None) -> float:
-        module = Classifier(case.make(), nn.Identity(), partial(torch.optim.SGD, lr=0.01))
-        if blip is not None:
-            blip.consolidate(module, [(inputs, targets)])
-        times = _StepTimes()
-        callbacks: list[pl.Callback] = [times] if blip is None else [times, blip]
-        trainer = quiet_trainer(
-            callbacks, max_epochs=1, accelerator="gpu" if device == "cuda" else "cpu", devices=1
-        )
-        trainer.fit(module, DataLoader(samples, batch_size=case.step_batch_size))
-        return statistics.median(times.seconds[case.steps // 4 :])
 
-    for blip in (None, BLIP()):
-        seconds_of(blip)
-    plain, ours = [], []
-    for _ in range(repeats):
-        plain.append(seconds_of(None))
-        ours.append(seconds_of(BLIP()))
-    return _row(
-        f"training step with BLIP() / without, {case.name}, batch {case.step_batch_size}", plain, ours
+def _call(options: Options) -> str:
+    return f"BLIP({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+
+
+def _seconds_of_a_step(
+    case: Case, module: pl.LightningModule, blips: Sequence[BLIP], samples: TensorDataset, device: str
+) -> float:
+    """One step of a fit, on average: those that pull take part in it as often as BLIP pulls by itself."""
+    times = _StepTimes()
+    trainer = quiet_trainer(
+        [times, *blips], max_epochs=1, accelerator="gpu" if device == "cuda" else "cpu", devices=1
     )
+    trainer.fit(module, DataLoader(samples, batch_size=case.step_batch_size))
+    warm = list(enumerate(times.seconds, start=1))[case.steps // 4 :]
+    pulling = statistics.median(seconds for number, seconds in warm if number % case.every == 0)
+    others = statistics.median(seconds for number, seconds in warm if number % case.every)
+    return others + (pulling - others) / BLIP().every
+
+
+def step(case: Case, variants: Sequence[Options], repeats: int, device: str) -> list[list[str]]:
+    """One training step late in a task, in the same Lightning Trainer without BLIP and with it, in turn."""
+    (batch,) = case.batches(case.step_batch_size, case.step_batch_size, "cpu")
+    samples = TensorDataset(*(tensor.repeat(case.steps, *[1] * (tensor.ndim - 1)) for tensor in batch))
+    # A boundary may take longer than all that is timed: there is one for each variant, before the first fit.
+    fits: list[tuple[pl.LightningModule, list[BLIP]]] = []
+    for options in (None, *variants):
+        module = Classifier(case.make(), nn.Identity(), partial(torch.optim.SGD, lr=0.01))
+        blips = [] if options is None else [BLIP(every=case.every, **options)]
+        for blip in blips:
+            blip.consolidate(module, [batch])
+            for state in _states(blip, module):
+                state.total = LATE
+        fits.append((module, blips))
+    rounds = [
+        [_seconds_of_a_step(case, module, blips, samples, device) for module, blips in fits]
+        for _ in range(1 + repeats)
+    ]
+    plain, *ours = zip(*rounds[1:], strict=True)
+    return [
+        _row(
+            f"training step with {_call(options)} / without, {case.name}, batch {case.step_batch_size}",
+            plain,
+            seconds,
+        )
+        for options, seconds in zip(variants, ours, strict=True)
+    ]
+
+
+def boundary(case: Case, repeats: int, device: str) -> list[str]:
+    """Consolidating a task, but the first, in either basis: the estimate and what is worked out from it."""
+    samples = BLIP().samples
+    batches = case.batches(samples, case.batch_size, device)
+    diagonal, kronecker = (
+        partial(BLIP(**options).consolidate, case.make().to(device), batches)
+        for options in (DIAGONAL, KRONECKER)
+    )
+    # The first boundary, where more is chosen than later, is the uncounted one.
+    return _row(
+        f"boundary of {samples:,} samples with {_call(KRONECKER)} / {_call(DIAGONAL)}, {case.name}",
+        *_alternating((diagonal, kronecker), repeats, device),
+    )
+
+
+def kept(case: Case, variants: Sequence[Options]) -> list[str]:
+    """How many bytes a parameter each variant keeps from one task to the next."""
+    parameters = sum(theta.numel() for theta in case.make().parameters())
+    row = [case.name, f"{parameters:,}"]
+    for options in variants:
+        network, blip = case.make(), BLIP(**options)
+        blip.consolidate(network, case.batches(case.batch_size, case.batch_size, "cpu"))
+        held = (value for state in _states(blip, network) for value in vars(state).values())
+        bytes_held = sum(value.nbytes for value in held if isinstance(value, Tensor))
+        row.append(f"{bytes_held / parameters:.2f}")
+    return row
 
 
 def resnet50_memory(batch_size: int) -> list[list[str]]:
@@ -210,7 +323,80 @@ def resnet50_memory(batch_size: int) -> list[list[str]]:
     return [[f"the activations, batch {batch_size}", f"{activations / MEBI:.0f} MiB", ""], *rows]
 
 
-def _print(title: str, header: list[str], rows: list[list[str]], markdown: bool) -> None:
+class Comparison(NamedTuple):
+    """A table."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _few(repeats: int) -> int:
+    """How often to time what takes seconds each time."""
+    return max(3, repeats // 3)
+
+
+def estimates(repeats: int, device: str) -> Comparison:
+    """Fisher estimates against plain passes and against BackPACK."""
+    few = _few(repeats)
+    rows = [
+        fisher(MLP, repeats, device),
+        fisher(ALEXNET, repeats, device),
+        fisher(RESNET, few, device),
+        fisher(VIT, few, device),
+        *against_backpack(MLP, repeats, device),
+        *against_backpack(ALEXNET, few, device),
+        *against_backpack(RESNET, few, device),
+    ]
+    return Comparison("Estimating the Fisher information", TIMES, rows)
+
+
+def steps(repeats: int, device: str) -> Comparison:
+    """Training steps with BLIP against those without."""
+    few = _few(repeats)
+    rows = [
+        *step(MLP, [DIAGONAL], repeats, device),
+        *step(NARROW, [DIAGONAL, KRONECKER], repeats, device),
+        *step(ALEXNET, [DIAGONAL, KRONECKER, LOW_RANK], repeats, device),
+        *step(RESNET, [DIAGONAL], few, device),
+        *step(VIT, [DIAGONAL], few, device),
+    ]
+    return Comparison(f"Training: a step late in a task, where one in {BLIP().every} pulls", TIMES, rows)
+
+
+def boundaries(repeats: int, device: str) -> Comparison:
+    """What a boundary takes in the Kronecker basis against the diagonal one."""
+    rows = [boundary(NARROW, repeats, device), boundary(ALEXNET, _few(repeats), device)]
+    header = ["what", "diagonal", "kronecker", *TIMES[3:]]
+    return Comparison("Boundaries: the estimate and what is worked out from it", header, rows)
+
+
+def states(_repeats: int, _device: str) -> Comparison:
+    """What is kept from one task to the next."""
+    variants = [DIAGONAL, KRONECKER, LOW_RANK]
+    header = ["network", "parameters", *map(_call, variants)]
+    rows = [kept(case, variants) for case in (NARROW, ALEXNET)]
+    return Comparison("Memory from task to task, bytes a parameter", header, rows)
+
+
+def estimate_memory(_repeats: int, device: str) -> Comparison:
+    """What an estimate allocates, counted on the CPU."""
+    header = ["ResNet-50, images of 224x224", "peak", "beside the activations"]
+    return Comparison("Memory of an estimate", header, resnet50_memory(8) if device == "cpu" else [])
+
+
+TIMES = ["what", "without", "with", "ratio (median)", "from … to"]
+COMPARISONS: dict[str, Callable[[int, str], Comparison]] = {
+    "estimates": estimates,
+    "steps": steps,
+    "boundaries": boundaries,
+    "states": states,
+    "estimate-memory": estimate_memory,
+}
+
+
+def _print(comparison: Comparison, markdown: bool) -> None:
+    title, header, rows = comparison
     if markdown:
         print(f"\n{title}\n")
         for cells in (header, ["---"] * len(header), *rows):
@@ -225,35 +411,17 @@ def _print(title: str, header: list[str], rows: list[list[str]], markdown: bool)
 def main() -> None:
     """Prints the tables: both sides of each comparison in the same run, medians, and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=COMPARISONS, help="these tables")
     parser.add_argument("--repeats", type=int, default=11, help="how often each work is timed")
     parser.add_argument("--markdown", action="store_true", help="as benchmarks/README.md holds them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    repeats, device = arguments.repeats, arguments.device
-    few = max(3, repeats // 3)  # of what takes seconds each time
     torch.manual_seed(0)
-    print(f"{machine(device)}, torch {torch.__version__}")
-    header = ["what", "without", "with", "ratio (median)", "from … to"]
-    estimates = [
-        fisher(MLP, repeats, device),
-        fisher(ALEXNET, repeats, device),
-        fisher(RESNET, few, device),
-        fisher(VIT, few, device),
-        *against_backpack(MLP, repeats, device),
-        *against_backpack(ALEXNET, few, device),
-        *against_backpack(RESNET, few, device),
-    ]
-    _print("Estimating the Fisher information", header, estimates, arguments.markdown)
-    steps = [
-        step(MLP, repeats, device),
-        step(ALEXNET, repeats, device),
-        step(RESNET, few, device),
-        step(VIT, few, device),
-    ]
-    _print("Training", header, steps, arguments.markdown)
-    if device == "cpu":
-        header = ["ResNet-50, images of 224x224", "peak", "beside the activations"]
-        _print("Memory of an estimate", header, resnet50_memory(8), arguments.markdown)
+    print(f"{machine(arguments.device)}, torch {torch.__version__}")
+    for name in arguments.only:
+        comparison = COMPARISONS[name](arguments.repeats, arguments.device)
+        if comparison.rows:
+            _print(comparison, arguments.markdown)
 
 
 if __name__ == "__main__":

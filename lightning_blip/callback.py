@@ -290,6 +290,10 @@ class BLIP(pl.Callback):
     def predicted_forgetting(self, module: nn.Module) -> float:
         """What a network has forgotten since the last boundary, as its information tells, without any data.
 
+        It is there to compare moments and tasks of one run. As an amount it is too low: in the Kronecker
+        basis by what the second order leaves out, in the diagonal one by far, since it leaves out how
+        parameters move together.
+
         Args:
             module: The network.
 

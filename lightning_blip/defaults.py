@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_blip.bits import exact_bits
 
 # Of all bits, so many may be frozen after the expected number of tasks.
-_SHARE = 0.02
+_SHARE = 0.002
 _HALVINGS = 24
 # See choose_pull and choose_damping.
 _SHARE_ALONG = 1 / 23
@@ -46,7 +46,7 @@ def choose_prior(
     """The prior F_0 that leaves enough free for the tasks to come.
 
     Without a budget: the smallest prior with which, after as many tasks as expected, each telling as much as
-    the first, a fiftieth of all bits would be frozen. So it goes with the scale of the information,
+    the first, one bit in 500 would be frozen. So it goes with the scale of the information,
     whatever the network, batch or data; the pull remembers, the frozen bits are the last resort.
 
     With one, in nats: a parameter of precision S is left the cell w = B·2^−bits, in which a uniformly drawn

@@ -86,10 +86,10 @@ class SampleGradients(ABC):
         rows = (self.rows(slice(start, start + block)).flatten(1) for start in starts)
         return torch.stack([part @ part.T for part in rows])
 
-    def chunks(self, total: Tensor) -> Iterator[slice]:
-        """Slices of the samples whose rows are as large as temporaries may be."""
+    def chunks(self, total: Tensor, elements: int | None = None) -> Iterator[slice]:
+        """Slices of the samples whose rows, or so many elements each, are as large as temporaries may be."""
         limit = BUDGET_BYTES // 2 if total.is_cuda else CPU_CHUNK_BYTES
-        step = max(1, limit // max(1, self.row_elements * total.element_size()))
+        step = max(1, limit // max(1, (elements or self.row_elements) * total.element_size()))
         return (slice(start, start + step) for start in range(0, self.count, step))
 
 
@@ -174,7 +174,8 @@ class Products(SampleGradients):
             of_input: Σ r·rᵀ, (n, n), or (n + 1, n + 1) with an input more that is always 1: the bias's.
             of_output: Σ l·lᵀ, (m, m).
         """
-        for samples in self.chunks(of_input):
+        size = (self.m + self.n) * self.positions
+        for samples in self.chunks(of_input, size):
             left, right = (
                 part.flatten(0, 1).movedim(1, 0).flatten(1)
                 for part in (self.left[samples], self._right(samples))

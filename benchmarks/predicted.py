@@ -1,0 +1,290 @@
+"""Compares the forgetting that BLIP predicts without data with that measured on the past tasks' data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.machine import machine
+from benchmarks.protocols import PROTOCOLS
+from benchmarks.run import Run, _setting
+from benchmarks.trainer import quiet_trainer
+from lightning_blip import BLIP, Task
+from lightning_blip.boundaries import sequence
+from lightning_blip.fisher.isolation import left_as_before
+from lightning_blip.streams import MappedDataset
+
+# More of a task's samples are not needed: the loss of so many is known to a few hundredths of its spread.
+_MOST_SAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One moment of learning a task.
+
+    Attributes:
+        task: Name of the task being learned.
+        share: How much of its training is done, above 0 to 1.
+        predicted: What the tasks before have forgotten since the last boundary, as BLIP predicts it, in nats
+            a sample.
+        measured: The rise of their loss since then, mean over them, in nats a sample; may be negative.
+    """
+
+    task: str
+    share: float
+    predicted: float
+    measured: float
+
+
+class ForgettingWatch(pl.Callback):
+    """Takes down what is forgotten, as predicted and as measured, while each task but the first is learned.
+
+    It has to come before BLIP among the callbacks: the last point of a task is then that of the weights which
+    training ended with, and not of those that BLIP makes of them.
+
+    Args:
+        blip: The BLIP of the same fit.
+        points_per_task: How many points, evenly spaced over the task's steps, the last one at its end.
+    """
+
+    def __init__(self, blip: BLIP, points_per_task: int) -> None:
+        self.points: list[Point] = []
+        self._blip = blip
+        self._points_per_task = points_per_task
+        self._at_boundary: list[float] = []
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        """Measures where the losses rise from."""
+        self._at_boundary = self._past_losses(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes a point if it is time."""
+        tasks, batches = sequence(trainer), int(trainer.num_training_batches)
+        done, steps = tasks.epoch * batches + batch_idx + 1, tasks.epochs[tasks.task.index] * batches
+        if done < steps and _completes_a_part(done, steps, self._points_per_task):
+            self._take(trainer, pl_module, done / steps)
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        """Takes the last point, before anything is averaged or consolidated."""
+        self._take(trainer, pl_module, 1.0)
+
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> None:
+        if not self._at_boundary:  # nothing is there to be forgotten
+            return
+        losses = self._past_losses(trainer, pl_module)
+        rises = [now - before for now, before in zip(losses, self._at_boundary, strict=True)]
+        name = sequence(trainer).task.name
+        point = Point(name, share, self._blip.predicted_forgetting(pl_module), statistics.mean(rises))
+        self.points.append(point)
+        print(
+            f"{name}, {share:.0%} learned: forgotten {point.predicted:.3g} nats as predicted, "
+            f"{point.measured:.3g} as measured",
+            flush=True,
+        )
+
+    def _past_losses(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[float]:
+        return losses(self._blip, pl_module, sequence(trainer).tasks[: self._blip.tasks_learned])
+
+
+def _completes_a_part(done: int, steps: int, parts: int) -> bool:
+    return done * parts // steps > (done - 1) * parts // steps
+
+
+def losses(blip: BLIP, module: pl.LightningModule, tasks: Sequence[Task]) -> list[float]:
+    """The cross-entropy on training data of each task, in evaluation mode; it leaves no trace.
+
+    Args:
+        blip: It has learned the tasks, and knows what else belongs to each.
+        module: The network, which goes on learning the task after them.
+        tasks: In the order of learning.
+
+    Returns:
+        The mean over at most 2,000 samples of each task, always the same ones, in nats.
+    """
+    means = []
+    with left_as_before(module, module.device, wanted=()):
+        for task in tasks:
+            blip.use_task(module, task.index)
+            x, y = _samples(task)
+            means.append(float(F.cross_entropy(module(x), y)))
+        blip.use_task(module, blip.tasks_learned)
+    return means
+
+
+def _samples(task: Task) -> tuple[Tensor, Tensor]:
+    held = cast(MappedDataset, task.train)
+    count = min(len(held), _MOST_SAMPLES)
+    return held.batch(torch.arange(count) * len(held) // count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What predicting and measuring came to on one stream.
+
+    Attributes:
+        stream: Name of the stream.
+        basis: Of BLIP.
+        settings: The arguments of BLIP that were given.
+        seed: Of network, tasks and order of samples.
+        tasks: How many there were.
+        epochs: How long each was trained.
+        points: All moments, in order.
+        machine: Where.
+        torch_version: With which torch.
+    """
+
+    stream: str
+    basis: str
+    settings: dict[str, Any]
+    seed: int
+    tasks: int
+    epochs: int
+    points: list[Point]
+    machine: str
+    torch_version: str
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of prediction and measurement."""
+        correlation, _ = spearmanr(
+            [point.predicted for point in self.points], [point.measured for point in self.points]
+        )
+        return float(correlation)
+
+    @property
+    def share_within_two(self) -> float:
+        """The share of points whose measured rise is at least half, and at most twice, the predicted one."""
+        return statistics.fmean(
+            point.predicted / 2 <= point.measured <= 2 * point.predicted for point in self.points
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stream}, basis={self.basis}, {len(self.points)} points: "
+            f"Spearman's rank correlation {self.correlation:.2f}"
+        )
+
+    def write(self, path: Path) -> None:
+        """Saves the points and what they come to."""
+        figures = {"correlation": self.correlation, "share_within_two": self.share_within_two}
+        path.write_text(json.dumps({**asdict(self), **figures}, default=str) + "\n")
+
+    def draw(self) -> Figure:
+        """Measured rises over predicted ones, a colour a task, and the line where both are the same."""
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure.suptitle(str(self), fontsize="medium")
+        axes = figure.subplots()
+        tasks = list(dict.fromkeys(point.task for point in self.points))
+        for index, name in enumerate(tasks):
+            points = [point for point in self.points if point.task == name]
+            axes.scatter(
+                [point.predicted for point in points],
+                [point.measured for point in points],
+                color=colormaps["viridis"](0.9 * index / max(1, len(tasks) - 1)),  # its yellow is too pale
+                label=f"learning {name}",
+            )
+        predicted = [point.predicted for point in self.points]
+        low, high = min(predicted), max(predicted)
+        # A loss may also fall: below the least prediction, down to zero and beyond, the axis is linear.
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=low)
+        axes.plot([low, high], [low, high], color="0.6", zorder=0, label="measured = predicted")
+        axes.set(
+            xlabel="predicted forgetting (nats a sample)", ylabel="measured rise of the past tasks' loss"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return figure
+
+
+def compare(run: Run, data: Path, seed: int, points_per_task: int) -> Comparison:
+    """Learns a stream with BLIP, and takes points on the way.
+
+    Args:
+        run: The stream, and the arguments of BLIP.
+        data: Folder of the data.
+        seed: Of all that is random.
+        points_per_task: See :class:`ForgettingWatch`.
+
+    Returns:
+        The comparison.
+    """
+    pl.seed_everything(seed, verbose=False)
+    stream = run.protocol.stream(data, seed)
+    module = run.protocol.module()
+    blip = BLIP(**run.settings)
+    watch = ForgettingWatch(blip, points_per_task)
+    quiet_trainer([watch, blip], limit_val_batches=0).fit(module, datamodule=stream)
+    return Comparison(
+        stream=run.protocol.name,
+        basis=blip.basis,
+        settings=run.settings,
+        seed=seed,
+        tasks=run.protocol.tasks,
+        epochs=run.protocol.epochs,
+        points=watch.points,
+        machine=machine(),
+        torch_version=torch.__version__,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
+    parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
+    parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files of the data")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the points and the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", type=int, help="fewer or more than the stream has, at least 2")
+    parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
+    parser.add_argument("--points-per-task", type=int, default=5, help="evenly spaced, the last at its end")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of BLIP",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Takes the points of one seed, saves and draws them, and prints what they come to."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    lengths = {"tasks": options.tasks, "epochs": options.epochs}
+    given = {name: length for name, length in lengths.items() if length is not None}
+    run = Run(replace(PROTOCOLS[options.stream], **given), "blip", dict(options.set))
+    try:
+        BLIP(**run.settings)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--set: {error}")
+    if run.protocol.tasks < 2:
+        parser.error(f"--tasks {run.protocol.tasks}: nothing is forgotten before a second task")
+    comparison = compare(run, options.data, options.seed, options.points_per_task)
+    record = run.path(options.out, options.seed)
+    path = record.with_name(f"predicted-{record.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comparison.write(path)
+    comparison.draw().savefig(path.with_suffix(".png"), dpi=120)
+    print(f"{comparison}, {comparison.share_within_two:.0%} of the rises within a factor of two: {path}")
+
+
+if __name__ == "__main__":
+    main()
