@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import machine
-from benchmarks.protocols import PROTOCOLS
-from benchmarks.run import Run, _setting
+from benchmarks.run import Run, parse_run
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task
 from lightning_blip.boundaries import sequence
@@ -245,36 +244,16 @@ def compare(run: Run, data: Path, seed: int, points_per_task: int) -> Comparison
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
-    parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
-    parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files of the data")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the points and the picture")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", type=int, help="fewer or more than the stream has, at least 2")
-    parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
     parser.add_argument("--points-per-task", type=int, default=5, help="evenly spaced, the last at its end")
-    parser.add_argument(
-        "--set",
-        type=_setting,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="arguments of BLIP",
-    )
+    parser.set_defaults(method="blip")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Takes the points of one seed, saves and draws them, and prints what they come to."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    lengths = {"tasks": options.tasks, "epochs": options.epochs}
-    given = {name: length for name, length in lengths.items() if length is not None}
-    run = Run(replace(PROTOCOLS[options.stream], **given), "blip", dict(options.set))
-    try:
-        BLIP(**run.settings)
-    except (TypeError, ValueError) as error:
-        parser.error(f"--set: {error}")
+    run, options = parse_run(parser, arguments)
     if run.protocol.tasks < 2:
         parser.error(f"--tasks {run.protocol.tasks}: nothing is forgotten before a second task")
     comparison = compare(run, options.data, options.seed, options.points_per_task)

@@ -162,19 +162,19 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    streams = [f"  {name:26}{protocol.description}" for name, protocol in PROTOCOLS.items()]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        epilog="\n".join(["streams:", *streams]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help="see below")
-    parser.add_argument("--method", choices=METHODS, required=True)
+def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[Run, Any]:
+    """Reads the arguments of a command that learns a stream.
+
+    Args:
+        parser: Of the command, to which those arguments are added that all such commands share.
+        arguments: The command line; that of the process by default.
+
+    Returns:
+        The method on its stream, and all options.
+    """
+    parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
     parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files of the data")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the records")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, …")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of what comes out")
     parser.add_argument("--tasks", type=int, help="fewer or more than the stream has")
     parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
     parser.add_argument(
@@ -186,12 +186,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="arguments of the method",
     )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs every seed that has no record yet, and prints the mean over all."""
-    parser = _parser()
     options = parser.parse_args(arguments)
     lengths = {"tasks": options.tasks, "epochs": options.epochs}
     given = {name: length for name, length in lengths.items() if length is not None}
@@ -200,6 +194,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         METHODS[run.method](**run.settings)
     except (TypeError, ValueError) as error:
         parser.error(f"--method {run.method}: {error}")
+    return run, options
+
+
+def _parser() -> argparse.ArgumentParser:
+    streams = [f"  {name:26}{protocol.description}" for name, protocol in PROTOCOLS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        epilog="\n".join(["streams:", *streams]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, …")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs every seed that has no record yet, and prints the mean over all."""
+    run, options = parse_run(_parser(), arguments)
     records = []
     for seed in range(options.seeds):
         path = run.path(options.out, seed)

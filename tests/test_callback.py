@@ -27,7 +27,8 @@ def loader():
     return DataLoader(blobs(), batch_size=30)
 
 
-def test_one_callback_and_one_fit_keep_what_fine_tuning_forgets():
+@pytest.mark.parametrize("options", [{}, {"basis": "kronecker"}, {"prior": 1e-4}])
+def test_one_callback_and_one_fit_keep_what_fine_tuning_forgets(options):
     def accuracy_on_the_first_task(callbacks):
         torch.manual_seed(0)
         tasks = TaskSequenceDataModule.permute_inputs(
@@ -37,7 +38,7 @@ def test_one_callback_and_one_fit_keep_what_fine_tuning_forgets():
         trainer.fit(Net(), datamodule=tasks)
         return trainer.callback_metrics["val_acc/dataloader_idx_0"].item()
 
-    assert accuracy_on_the_first_task([BLIP(prior=1e-4)]) > accuracy_on_the_first_task([]) + 0.3
+    assert accuracy_on_the_first_task([BLIP(**options)]) > accuracy_on_the_first_task([]) + 0.3
 
 
 def test_what_is_frozen_stays_frozen_through_the_fit():
