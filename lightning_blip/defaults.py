@@ -15,8 +15,9 @@ _SHARE = 0.002
 _HALVINGS = 24
 # See choose_pull and choose_damping.
 _SHARE_ALONG = 1 / 30
-_AT_RANK_ONE = 20.0
-#: λ where the curvature is known up to a factor near 1, as in the Kronecker basis, or is not known at all.
+_AT_RANK_ONE = 12.0
+#: λ where the curvature is known up to a factor near 1, as in the Kronecker basis, or is not known at all:
+#: above 1, for the loss rises faster away from θ* than its curvature there tells.
 KRONECKER_PULL = 3.0
 #: δ in the same cases.
 KRONECKER_DAMPING = 0.2
@@ -122,7 +123,7 @@ def choose_damping(squared_norm: float, trace: float) -> float:
     r = (tr F)²/‖F‖² is the effective rank of the Fisher information. The smaller it is, the fewer directions
     the task has told about, and the farther training will go in the others, where the expansion around θ*
     does not reach: outputs that had no gradient will have one. So each input's information, averaged over
-    the outputs, is added δ = 20/r² times.
+    the outputs, is added δ = 12/r² times.
 
     Args:
         squared_norm: ‖F‖² of the first task.
@@ -133,6 +134,6 @@ def choose_damping(squared_norm: float, trace: float) -> float:
 
     Example:
         >>> choose_damping(squared_norm=100.0, trace=20.0)
-        1.25
+        0.75
     """
     return _AT_RANK_ONE * (squared_norm / trace**2) ** 2

@@ -195,6 +195,27 @@ def test_what_is_not_a_matrix_stays_in_its_own_basis():
     }
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_convolution_is_pulled_as_the_matrix_of_its_patches(channels_last):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    x, y = torch.randn(40, 3, 4, 4), torch.randint(2, (40,))
+    blip = BLIP(basis="kronecker", prior=1e9, pull=20.0, damping=0.0, every=1)
+    blip.consolidate(network, [(x, y)])
+    assert blip.bits()["0.weight"].shape == (4, 28)
+    optimizer = blip.wrap(torch.optim.SGD(network.parameters(), lr=0.1), network)
+    layer, convolution = blip._network.layers["0.weight"], network[0]
+    nn.functional.cross_entropy(network(x), y).backward()
+    stepped = as_matrix([theta - 0.1 * theta.grad for theta in (convolution.weight, convolution.bias)])
+    expected = layer.held_back(stepped, pull=20.0 * 0.1)
+    optimizer.step()
+    torch.testing.assert_close(as_matrix([convolution.weight, convolution.bias]), expected)
+    assert (expected - stepped).abs().max() > 1e-4
+    assert blip.predicted_forgetting(network) > 0
+
+
 def test_a_weight_used_elsewhere_is_refused_by_name():
     class Odd(nn.Linear):
         def forward(self, x):
