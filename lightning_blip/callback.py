@@ -341,9 +341,9 @@ class BLIP(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Averages the end of a task, and logs what it has the past ones forget, without looking at them."""
-        if self.average and _has_tasks(trainer) and self._network.just_pulled:
+        if self.average and _has_tasks(trainer):
             done = sequence(trainer).share_done(batch_idx + 1, trainer.num_training_batches)
-            if done > _AVERAGED_FROM:
+            if done > _AVERAGED_FROM and self._network.just_pulled:
                 self._mean.add(pl_module)
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self.tasks_learned and trainer.loggers and steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

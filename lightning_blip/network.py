@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_blip.bits import Cell, FrozenBits, bound
 from lightning_blip.defaults import Measured
-from lightning_blip.fisher.kronecker import Factors, matrix_layers
+from lightning_blip.fisher.kronecker import MATRICES, Factors, matrix_layers
 from lightning_blip.information import Rule, consolidate, rule_precision
 from lightning_blip.kronecker import KroneckerBits, as_matrix
 from lightning_blip.step import Step, hold_back_all
@@ -285,7 +285,7 @@ def _fans(module: nn.Module) -> dict[str, tuple[int, bool]]:
     """fan_in, and whether it is the bias, of every parameter of a Linear or Conv layer, by name."""
     fans = {}
     for prefix, part in module.named_modules():
-        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(part, MATRICES):
             for name in ("weight", "bias"):
                 fans[f"{prefix}.{name}" if prefix else name] = (part.weight[0].numel(), name == "bias")
     return fans

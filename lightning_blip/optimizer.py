@@ -212,7 +212,8 @@ class FrozenBitsOptimizer(Optimizer):
             torch._foreach_maximum_(thetas, low)
             torch._foreach_minimum_(thetas, high)
         hold_back_all(steps, self.scale)
-        self._hold_back_layers()
+        if self.layers:
+            self._hold_back_layers()
         for one in protected:
             if not one.tasks:  # only the bound holds it
                 one.frozen.due(0.0, self.every)

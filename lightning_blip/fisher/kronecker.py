@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_blip.fisher.gradients import Products, SampleGradients
 
-_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Layers whose weight is a matrix: a row for each output, a column for each input, or each value of a patch.
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matrix_layers(module: nn.Module, names: Container[str]) -> dict[str, str | None]:
@@ -34,7 +35,7 @@ def matrix_layers(module: nn.Module, names: Container[str]) -> dict[str, str | N
     for prefix, part in module.named_modules():
         dot = "." if prefix else ""
         weight, bias = f"{prefix}{dot}weight", f"{prefix}{dot}bias"
-        if isinstance(part, _MATRICES) and getattr(part, "groups", 1) == 1 and weight in names:
+        if isinstance(part, MATRICES) and getattr(part, "groups", 1) == 1 and weight in names:
             own = [part.weight, part.bias] if bias in names else [part.weight]
             if all(uses[id(theta)] == 1 for theta in own):
                 layers[weight] = bias if bias in names else None
