@@ -308,7 +308,7 @@ class BLIP(pl.Callback):
             >>> blip.predicted_forgetting(network) > before
             True
         """
-        return self._network.predicted_forgetting(module) if self.tasks_learned else 0.0
+        return self._network.strain(module)[0] if self.tasks_learned else 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out early whether it can work with the module."""
@@ -583,8 +583,8 @@ class BLIP(pl.Callback):
     ) -> dict[str, float]:
         start = time.perf_counter()
         self._attach(module)
-        predicted = self.predicted_forgetting(module)
-        shares = {"at_wall": self._network.at_walls(module), "drifted": self._network.drifted(module)}
+        forgotten, at_walls = self._network.strain(module)
+        shares = {"at_wall": at_walls, "drifted": self._network.drifted(module)}
         pull = self.chosen.get("pull", 0.0)
         self._network.settle(module, pull)
         fishers, factors = self._estimate(module, batches, size, quiet)
@@ -602,7 +602,7 @@ class BLIP(pl.Callback):
             layer = name.rpartition(".")[0] or name
             by_layer[layer] = by_layer.get(layer, 0.0) + float(gain.sum())
         return {
-            "blip/predicted_forgetting": predicted,
+            "blip/predicted_forgetting": forgotten,
             "blip/used_capacity": self.used_capacity,
             "blip/information_gain": sum(by_layer.values()),
             **{f"blip/information_gain/{layer}": gain for layer, gain in by_layer.items()},
@@ -683,11 +683,12 @@ class BLIP(pl.Callback):
         self.chosen = {"pull": pull, "damping": damping, **self.chosen}
 
     def _state_of(self, module: nn.Module) -> dict[str, float]:
-        """What is logged while a task trains, and at its end."""
+        """What is logged while a task trains."""
+        forgotten, at_walls = self._network.strain(module)
         return {
-            "blip/predicted_forgetting": self.predicted_forgetting(module),
+            "blip/predicted_forgetting": forgotten,
             "blip/used_capacity": self.used_capacity,
-            "blip/at_wall_share": self._network.at_walls(module) / max(self._network.values, 1),
+            "blip/at_wall_share": at_walls / max(self._network.values, 1),
         }
 
 
@@ -771,7 +772,8 @@ def _progress_bar(samples: int, quiet: bool) -> Iterator[Callable[[int], None]]:
 
     def progress(done: int) -> None:
         bar.advance(task, done)
-        if not quiet and not bar.live.is_started and time.monotonic() - start > 1.0:
+        seen = bar.console.is_terminal or bar.console.is_jupyter
+        if seen and not quiet and not bar.live.is_started and time.monotonic() - start > 1.0:
             bar.start()
 
     try:

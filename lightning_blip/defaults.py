@@ -72,19 +72,21 @@ def choose_prior(
         2.0
     """
 
+    def bits(one: Measured, prior: float) -> Tensor:
+        S_0 = prior * one.unit
+        return exact_bits(S_0 + expected_tasks * one.information, S_0, max_bits)
+
+    def used(prior: float) -> float:
+        return sum(float(bits(one, prior).sum()) for one in measured)
+
+    def allowed(prior: float) -> float:
+        widths = ((one, one.bound * torch.exp2(-bits(one, prior).float())) for one in measured)
+        return sum(float((one.information * w.square()).sum()) for one, w in widths) / 6
+
     def too_small(prior: float) -> bool:
-        used = total = 0.0
-        for one in measured:
-            information, S_0 = one.information * expected_tasks, prior * one.unit
-            bits = exact_bits(S_0 + information, S_0, max_bits)
-            if forgetting_budget is None:
-                used += float(bits.sum())
-                total += bits.numel() * max_bits * _SHARE
-            else:
-                width = one.bound * torch.exp2(-bits.to(information.dtype))
-                total += float((information * width.square()).sum()) / 6
-                used = forgetting_budget * expected_tasks
-        return used > total
+        if forgetting_budget is not None:
+            return allowed(prior) < forgetting_budget
+        return used(prior) > _SHARE * max_bits * sum(one.information.numel() for one in measured)
 
     low, high = -100.0, 60.0  # powers of two
     for _ in range(_HALVINGS):

@@ -174,9 +174,9 @@ class KroneckerBits(Paced):
         largest_first = values[kept].flip(0).clamp(min=0)
         return vectors[:, kept].flip(1).to(basis), largest_first.to(basis)
 
-    def predicted_forgetting(self, theta: Tensor) -> Tensor:
-        """½·Σ (S − S_0)·ω²/t: what a matrix costs the tasks learned, on average, in nats a sample."""
-        return 0.5 * (self.information * self.coordinates(theta).square()).sum() / max(self.tasks, 1)
+    def predicted_forgetting(self, omega: Tensor) -> Tensor:
+        """½·Σ (S − S_0)·ω²/t: what coordinates cost the tasks learned, on average, in nats a sample."""
+        return 0.5 * (self.information * omega.square()).sum() / max(self.tasks, 1)
 
     def to(self, device: torch.device) -> KroneckerBits:
         """The same state on a device."""

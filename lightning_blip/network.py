@@ -190,18 +190,28 @@ class FrozenNetwork:
         """Σ bits / Σ N."""
         return sum(int(bits.sum()) for bits in self.bits().values()) / max(self.values * self.max_bits, 1)
 
-    def at_walls(self, module: nn.Module) -> int:
-        """How many parameters or coordinates lie at, or beyond, the walls of cells with frozen bits."""
+    def strain(self, module: nn.Module) -> tuple[float, int]:
+        """What a network has forgotten since the last boundary, and how much of it is held back.
+
+        Args:
+            module: The network.
+
+        Returns:
+            ½·Σ (S − S_0)·(θ − θ*)²/t over the whole network, in nats a sample; and how many parameters or
+            coordinates lie at, or beyond, the walls of cells with frozen bits.
+        """
         own = dict(module.named_parameters())
-        count = 0
+        forgotten, count = 0.0, 0
         for name, frozen in self.parameters.items():
             theta = own[name].detach()
             low, high = frozen.limits(theta.dtype)
             count += int(((frozen.bits > 0) & ((theta <= low) | (theta >= high))).sum())
+            forgotten += float(frozen.predicted_forgetting(theta))
         for name, layer in self.layers.items():
             omega = layer.coordinates(as_matrix(self._of_layer(own, name)))
             count += int(((layer.bits > 0) & (omega.abs() >= layer.width)).sum())
-        return count
+            forgotten += float(layer.predicted_forgetting(omega))
+        return forgotten, count
 
     def drifted(self, module: nn.Module) -> int:
         """How many parameters have other frozen bits than at the last boundary."""
@@ -210,16 +220,6 @@ class FrozenNetwork:
             int((frozen.frozen_code(own[name]) != frozen.frozen_code(frozen.anchor(own[name].dtype))).sum())
             for name, frozen in self.parameters.items()
         )
-
-    def predicted_forgetting(self, module: nn.Module) -> float:
-        """½·Σ (S − S_0)·(θ − θ*)²/t over the whole network, in nats a sample."""
-        own = dict(module.named_parameters())
-        parts = [frozen.predicted_forgetting(own[name].detach()) for name, frozen in self.parameters.items()]
-        parts += [
-            layer.predicted_forgetting(as_matrix(self._of_layer(own, name)))
-            for name, layer in self.layers.items()
-        ]
-        return float(sum(parts))
 
     def by_parameter(self, module: nn.Module) -> dict[Tensor, FrozenBits]:
         """The states as an optimizer needs them."""

@@ -2,12 +2,14 @@
 
 import csv
 import math
+from itertools import count
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -484,11 +486,10 @@ def test_a_progress_bar_shows_while_a_long_estimate_runs(monkeypatch):
 
     shown = []
     monkeypatch.setattr(callback.Progress, "start", lambda self: shown.append(self))
-    clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(callback.time, "monotonic", lambda: next(clock))
-    BLIP().consolidate(nn.Linear(8, 6), loader())
-    assert shown
-    shown.clear()
-    monkeypatch.setattr(callback.time, "monotonic", lambda: 0.0)
-    BLIP().consolidate(nn.Linear(8, 6), loader())
-    assert not shown
+    for terminal, seconds in ((True, 2), (False, 2), (True, 0)):
+        monkeypatch.setattr(Console, "is_terminal", terminal)
+        clock = count(0, seconds)
+        monkeypatch.setattr(callback.time, "monotonic", lambda clock=clock: next(clock))
+        BLIP().consolidate(nn.Linear(8, 6), loader())
+        assert bool(shown) == (terminal and seconds > 0)
+        shown.clear()

@@ -131,8 +131,8 @@ def test_predicted_forgetting_is_the_quadratic_form_of_the_mean_over_tasks():
     theta, frozen, F, _ = state()
     step = torch.randn(5, 7).double()
     expected = 0.5 * step.flatten() @ F @ step.flatten() / 2
-    torch.testing.assert_close(frozen.predicted_forgetting(theta + step), expected)
-    assert frozen.predicted_forgetting(theta) == 0
+    torch.testing.assert_close(frozen.predicted_forgetting(frozen.coordinates(theta + step)), expected)
+    assert frozen.predicted_forgetting(frozen.coordinates(theta)) == 0
 
 
 def test_the_gain_is_measured_against_what_was_known_in_the_new_basis():
