@@ -1,7 +1,8 @@
 PYTHON ?= python3
+DATA ?= data
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test benchmarks clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
@@ -11,6 +12,10 @@ test: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# All methods on all streams; DATA is the folder of the data sets. Goes on where it was broken off.
+benchmarks: .venv/.ready
+	$(BIN)/python -m benchmarks.suite --data $(DATA)
 
 # torch first, by its pinned version: nothing that is installed later may bring another build along. Nor may
 # torchvision come with BackPACK or timm, since one built for another torch breaks the import of torchmetrics.

@@ -1,11 +1,12 @@
-"""How much memory some work allocates at its peak."""
+"""How much memory some work allocates at its peak, and how much an object holds."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -40,3 +41,38 @@ def peak_bytes(work: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def held_bytes(holder: object, beside: nn.Module) -> int:
+    """How much the tensors take that an object holds, those of a network not counted.
+
+    Args:
+        holder: Of this project or a container: what its attributes or items hold is looked through.
+        beside: The network.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> network = nn.Linear(4, 2)
+        >>> held_bytes({"copy": network.weight.detach().clone(), "own": network.weight}, network)
+        32
+    """
+    seen = {id(theta) for theta in (*beside.parameters(), *beside.buffers())}
+    total, left = 0, [holder]
+    while left:
+        thing = left.pop()
+        if id(thing) in seen or thing is beside:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            total += thing.nbytes
+        elif isinstance(thing, Mapping):
+            left += thing.values()
+        elif isinstance(thing, (list, tuple, set)):
+            left += thing
+        elif isinstance(thing, nn.Module):
+            left += [*thing.parameters(), *thing.buffers()]
+        elif type(thing).__module__.partition(".")[0] in ("benchmarks", "lightning_blip"):
+            left += vars(thing).values()
+    return total

@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,6 +114,9 @@ VIT = Case(
     steps=6,
     every=2,
 )
+# As they are trained on a GPU.
+LARGE_RESNET = replace(RESNET, samples=1_024, batch_size=128, step_batch_size=128, steps=40, every=10)
+LARGE_VIT = replace(LARGE_RESNET, name="ViT-S", make=partial(vit, dim=384, depth=12, heads=6))
 
 
 def _plain(network: nn.Module, batches: Batches) -> None:
@@ -371,6 +374,17 @@ def boundaries(repeats: int, device: str) -> Comparison:
     return Comparison("Boundaries: the estimate and what is worked out from it", header, rows)
 
 
+def large(repeats: int, device: str) -> Comparison:
+    """Networks and batches of a size that takes a GPU."""
+    few = _few(repeats)
+    rows = []
+    for case in (LARGE_RESNET, LARGE_VIT):
+        rows.append(fisher(case, few, device))
+        rows += step(case, [DIAGONAL, KRONECKER], few, device)
+    rows.append(boundary(LARGE_RESNET, 1, device))
+    return Comparison("ResNet-18 and ViT-S, batch 128", TIMES, rows)
+
+
 def states(_repeats: int, _device: str) -> Comparison:
     """What is kept from one task to the next."""
     variants = [DIAGONAL, KRONECKER, LOW_RANK]
@@ -390,6 +404,7 @@ COMPARISONS: dict[str, Callable[[int, str], Comparison]] = {
     "estimates": estimates,
     "steps": steps,
     "boundaries": boundaries,
+    "large": large,
     "states": states,
     "estimate-memory": estimate_memory,
 }
@@ -411,7 +426,13 @@ def _print(comparison: Comparison, markdown: bool) -> None:
 def main() -> None:
     """Prints the tables: both sides of each comparison in the same run, medians, and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=COMPARISONS, help="these tables")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=COMPARISONS,
+        default=[name for name in COMPARISONS if name != "large"],
+        help="these tables",
+    )
     parser.add_argument("--repeats", type=int, default=11, help="how often each work is timed")
     parser.add_argument("--markdown", action="store_true", help="as benchmarks/README.md holds them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

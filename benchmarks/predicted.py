@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 

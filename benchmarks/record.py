@@ -21,9 +21,11 @@ class Record:
         epochs: How long each was trained.
         ACC: The average score after the last task, in %.
         BWT: The backward transfer over the T − 1 earlier tasks, in %; None of a single task.
+        FWT: The forward transfer, in %; None where a task's head is not there before the task.
         R: The score on task j after learning task i, in %, None where not measured.
         used_capacity: Of BLIP, the share of all bits that are frozen, after each task.
-        seconds: How long the fit took.
+        bytes_per_parameter: What is kept from task to task beside the network.
+        seconds: How long the fit took, its measurements included.
         machine: Where.
         torch_version: With which torch.
     """
@@ -36,8 +38,10 @@ class Record:
     epochs: int
     ACC: float
     BWT: float | None
+    FWT: float | None
     R: list[list[float | None]]
     used_capacity: list[float]
+    bytes_per_parameter: float
     seconds: float
     machine: str
     torch_version: str

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from benchmarks.baselines import EWC, FineTuning
+from benchmarks.joint import learn_jointly
 from benchmarks.machine import machine
+from benchmarks.memory import held_bytes
+from benchmarks.methods import METHODS
+from benchmarks.networks import Classifier
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.record import Record
+from benchmarks.scoring import accuracy
 from benchmarks.trainer import quiet_trainer
-from lightning_blip import BLIP, ForgettingCurves
+from lightning_blip import BLIP, ForgettingCurves, Task, TaskHeads, TaskSequenceDataModule
 from lightning_blip.boundaries import sequence
-from lightning_blip.metrics import average_score, backward_transfer
+from lightning_blip.metrics import average_score, backward_transfer, forward_transfer
 
-METHODS: dict[str, Callable[..., pl.Callback]] = {
-    "finetune": FineTuning,
-    "ewc": EWC,
-    "blip": BLIP,
-    "blip-paper": BLIP.paper,
-}
+#: Is told where a run is, in words, and how much of it is done, 0 to 1.
+Report = Callable[[str, float], None]
+
+
+def tell(where: str, _share: float) -> None:
+    """Prints where a run is."""
+    print(where, flush=True)
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,37 @@ class Run:
         label = "-".join(quote(part, safe="=") for part in self.label)
         return folder / f"{label}-seed{seed}.json"
 
-    def learn(self, data: Path, seed: int) -> Record:
-        """Learns the whole stream in one fit, and prints where it is.
+    def record(self, data: Path, out: Path, seed: int, device: str = "cpu", report: Report = tell) -> Record:
+        """The record of a seed: as it is kept, or else of the stream learned now.
+
+        Args:
+            data: Folder of the data.
+            out: Folder of the records, and of what a run that is broken off goes on from.
+            seed: Of all that is random.
+            device: ``"cpu"`` or ``"cuda"``.
+            report: Is told after each epoch where the run is.
+
+        Returns:
+            The record.
+        """
+        path = self.path(out, seed)
+        if path.exists():
+            report(f"{path} is there already", 1.0)
+        else:
+            unfinished = path.with_suffix(".ckpt")
+            self.learn(data, seed, device, report, unfinished).write(path)
+            unfinished.unlink(missing_ok=True)
+        return Record.read(path)
+
+    def learn(
+        self,
+        data: Path,
+        seed: int,
+        device: str = "cpu",
+        report: Report = tell,
+        unfinished: Path | None = None,
+    ) -> Record:
+        """Learns the whole stream in one fit, and says where it is.
 
         The parameters that the network starts from, the tasks and the order of their samples depend on the
         seed alone, whatever the method.
@@ -72,6 +107,10 @@ class Run:
         Args:
             data: Folder of the data.
             seed: Of all that is random.
+            device: ``"cpu"`` or ``"cuda"``.
+            report: Is told after each epoch where the run is.
+            unfinished: File that holds, after each task, all that is needed to go on; gone on from if it is
+                there.
 
         Returns:
             The record.
@@ -79,19 +118,20 @@ class Run:
         pl.seed_everything(seed, verbose=False)
         stream = self.protocol.stream(data, seed)
         module = self.protocol.module()
-        method = METHODS[self.method](**self.settings)
-        curves = ForgettingCurves(self.protocol.metric)
-        progress = _Progress(seed, method, curves)
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = quiet_trainer(
-                [method, curves, progress],
-                default_root_dir=scratch,
-                # The boundaries validate by themselves, and nothing else needs to.
-                num_sanity_val_steps=0,
-                check_val_every_n_epoch=stream.remaining_epochs + 1,
+        watch = _Watch(self, seed, report)
+        if self.method == "joint":
+            R = torch.full((len(stream), len(stream)), torch.nan)
+            R[-1] = learn_jointly(
+                module,
+                stream,
+                self.protocol.epochs,
+                self.protocol.batch_size,
+                seed,
+                [watch],
+                accelerator=device,
             )
-            trainer.fit(module, datamodule=stream)
-        R = 100 * curves.matrix
+        else:
+            R = self._learn_in_sequence(module, stream, watch, device, unfinished)
         return Record(
             stream=self.protocol.name,
             method=self.method,
@@ -99,54 +139,128 @@ class Run:
             seed=seed,
             tasks=self.protocol.tasks,
             epochs=self.protocol.epochs,
-            ACC=round(float(average_score(R)), 4),
-            BWT=round(float(backward_transfer(R)), 4) if len(R) > 1 else None,
-            R=[[None if math.isnan(score) else round(score, 4) for score in row] for row in R.tolist()],
-            used_capacity=progress.used_capacity,
-            seconds=round(progress.seconds, 3),
-            machine=machine(),
+            ACC=round(100 * float(average_score(R)), 4),
+            BWT=_percent(backward_transfer(R)),
+            FWT=_percent(forward_transfer(R, watch.at_first)) if watch.at_first else None,
+            R=[[_percent(score) for score in row] for row in R],
+            used_capacity=watch.used_capacity,
+            bytes_per_parameter=round(
+                held_bytes(watch.method, module) / sum(theta.numel() for theta in module.parameters()), 2
+            ),
+            seconds=round(watch.seconds, 3),
+            machine=machine(device),
             torch_version=torch.__version__,
         )
 
+    def _learn_in_sequence(
+        self,
+        module: Classifier,
+        stream: TaskSequenceDataModule,
+        watch: _Watch,
+        device: str,
+        unfinished: Path | None,
+    ) -> Tensor:
+        """R of a network that learns task after task."""
+        callbacks = [watch.method, watch.curves, watch]
+        if unfinished is not None:
+            callbacks.append(_after_each_task(unfinished, self.protocol.epochs))
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = quiet_trainer(
+                callbacks,
+                accelerator=device,
+                default_root_dir=scratch,
+                enable_checkpointing=unfinished is not None,
+                # The boundaries validate by themselves, and nothing else needs to.
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=stream.remaining_epochs + 1,
+            )
+            begun = unfinished if unfinished is not None and unfinished.exists() else None
+            trainer.fit(module, datamodule=stream, ckpt_path=begun)
+        R = watch.curves.matrix.clone()
+        R.diagonal(offset=1)[: len(watch.ahead)] = torch.tensor(watch.ahead)
+        return R
 
-class _Progress(pl.Callback):
-    """Prints a line after each task, and notes how much BLIP has frozen by then."""
 
-    def __init__(self, seed: int, method: pl.Callback, curves: ForgettingCurves) -> None:
+class _Watch(pl.Callback):
+    """Says where a run is, and notes what a record needs besides the scores on tasks learned."""
+
+    def __init__(self, run: Run, seed: int, report: Report) -> None:
+        self.method = METHODS[run.method].make(**run.settings)
+        self.curves = ForgettingCurves(run.protocol.metric)
         self.seconds = 0.0
         self.used_capacity: list[float] = []
-        self._seed = seed
-        self._method = method
-        self._curves = curves
-        self._start = time.perf_counter()
+        self.at_first: list[float] = []  # of each task, before any training
+        self.ahead: list[float] = []  # of each task but the first, right before it is learned
+        self._label = " ".join([*run.label, f"seed={seed}"])
+        self._epochs = run.protocol.epochs
+        self._report = report
+        self._begun = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._begun = time.perf_counter() - self.seconds
+        module = cast(Classifier, pl_module)
+        if trainer.datamodule and not self.at_first and not isinstance(module.head, TaskHeads):  # type: ignore[attr-defined]
+            self.at_first = [accuracy(module, task) for task in sequence(trainer).tasks]
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._start
-        R, task = 100 * self._curves.matrix, sequence(trainer).task.index
-        line = (
-            f"seed {self._seed}, task {task + 1} of {len(R)}: mean accuracy {float(average_score(R)):.2f} %, "
-            f"just learned {float(R[task, task]):.2f} %, {self.seconds:.0f} s"
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        tasks = sequence(trainer).tasks
+        if self.at_first and task.index + 1 < len(tasks):
+            self.ahead.append(accuracy(cast(Classifier, pl_module), tasks[task.index + 1]))
+        if isinstance(self.method, BLIP):
+            self.used_capacity.append(round(self.method.used_capacity, 6))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = time.perf_counter() - self._begun
+        epoch, epochs = trainer.current_epoch, trainer.fit_loop.max_epochs or 1
+        mean = average_score(self.curves.matrix)
+        self._report(
+            f"{self._label}: task {epoch // self._epochs + 1} of {epochs // self._epochs}, "
+            f"epoch {epoch % self._epochs + 1} of {self._epochs}, {self.seconds:.0f} s"
+            + (f", mean accuracy {100 * float(mean):.2f} %" if mean.isfinite() else ""),
+            (epoch + 1) / epochs,
         )
-        if isinstance(self._method, BLIP):
-            self.used_capacity.append(round(self._method.used_capacity, 6))
-            line += f", capacity used {self._method.used_capacity:.1%}"
-        print(line, flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("seconds", "used_capacity", "at_first", "ahead")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+def _after_each_task(path: Path, epochs: int) -> ModelCheckpoint:
+    """Saves all that is needed to go on, in one file that always holds the last task's end."""
+    return ModelCheckpoint(
+        path.parent,
+        filename=path.stem,
+        every_n_epochs=epochs,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
+def _percent(share: Tensor) -> float | None:
+    return None if share.isnan() else round(100 * float(share), 4)
 
 
 def summary(run: Run, records: Sequence[Record]) -> str:
     """ACC and BWT of all seeds in one line: mean ± standard deviation of the sample."""
     seconds = statistics.mean(record.seconds for record in records)
-    figures = [f"ACC {_spread([record.ACC for record in records], '')} %"]
+    figures = [f"ACC {spread([record.ACC for record in records])} %"]
     transfers = [record.BWT for record in records if record.BWT is not None]
     if transfers:
-        figures.append(f"BWT {_spread(transfers, '+')} % (over T - 1)")
+        figures.append(f"BWT {spread(transfers, '+')} % (over T - 1)")
     return f"{', '.join(run.label)}, {len(records)} seeds: {', '.join(figures)}, {seconds:.0f} s a seed"
 
 
-def _spread(values: Sequence[float], sign: str) -> str:
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard deviation of the sample, the latter of more than one value.
+
+    Example:
+        >>> spread([1.0, 3.0]), spread([0.5], "+")
+        ('2.00 ± 1.41', '+0.50')
+    """
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
@@ -175,6 +289,7 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
     parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files of the data")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of what comes out")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tasks", type=int, help="fewer or more than the stream has")
     parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
     parser.add_argument(
@@ -191,7 +306,7 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     given = {name: length for name, length in lengths.items() if length is not None}
     run = Run(replace(PROTOCOLS[options.stream], **given), options.method, dict(options.set))
     try:
-        METHODS[run.method](**run.settings)
+        METHODS[run.method].make(**run.settings)
     except (TypeError, ValueError) as error:
         parser.error(f"--method {run.method}: {error}")
     return run, options
@@ -213,14 +328,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every seed that has no record yet, and prints the mean over all."""
     run, options = parse_run(_parser(), arguments)
-    records = []
-    for seed in range(options.seeds):
-        path = run.path(options.out, seed)
-        if path.exists():
-            print(f"{path} is there already")
-        else:
-            run.learn(options.data, seed).write(path)
-        records.append(Record.read(path))
+    records = [run.record(options.data, options.out, seed, options.device) for seed in range(options.seeds)]
     print(summary(run, records))
 
 

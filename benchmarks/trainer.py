@@ -14,18 +14,18 @@ def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
 
     Args:
         callbacks: Its callbacks.
-        options: Of ``pl.Trainer``; on the CPU by default.
+        options: Of ``pl.Trainer``, before these; on the CPU by default.
 
     Returns:
         The Trainer.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    return pl.Trainer(
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"accelerator": "cpu", **options},
-    )
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=callbacks, **{**defaults, **options})

@@ -308,6 +308,7 @@ class BLIP(pl.Callback):
             >>> blip.predicted_forgetting(network) > before
             True
         """
+        self._attach(module)
         return self._network.strain(module)[0] if self.tasks_learned else 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -234,14 +234,15 @@ def _fused(
     gained: Tensor | None,
     update: Tensor | None,
     constants: Tensor,
-    max_bits: int,
+    max_bits: str,
     cell: Cell,
 ) -> None:
-    # Codes come as patterns of float32, vectors of which Inductor loads several times faster.
+    # Codes come as patterns of float32, vectors of which Inductor loads several times faster, and N as text,
+    # which is a constant to it: powers of a variable are of floating point on a GPU.
     values = Values(theta, packed.view(torch.int32), gained, update)
     factor, slack, grid, *powers = constants
     kept = None if values.update is None else _power(values.packed & BITS_MASK, powers)
-    hold_back(values, kept, (factor, slack, grid), max_bits, cell)
+    hold_back(values, kept, (factor, slack, grid), int(max_bits), cell)
 
 
 class _Compiled:
@@ -260,7 +261,7 @@ class _Compiled:
             self._function = torch.compile(_fused, dynamic=True)
         try:
             theta, packed, gained, update = values
-            self._function(theta, packed.view(torch.float32), gained, update, constants, max_bits, cell)
+            self._function(theta, packed.view(torch.float32), gained, update, constants, str(max_bits), cell)
         except Exception as error:
             self._works = False
             warnings.warn(

@@ -10,26 +10,8 @@ import torch
 
 from benchmarks import run
 from benchmarks.protocols import PROTOCOLS
+from lightning_blip import TaskHeads
 from lightning_blip.metrics import average_score, backward_transfer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Forty images of ten classes that can be told apart, as either data set."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    labels = np.arange(40) % 10
-    looks = generator.integers(0, 200, (10, 28, 28))
-    arrays = {}
-    for part in ("train", "test"):
-        noise = generator.integers(0, 56, (40, 28, 28))
-        arrays |= {
-            f"x_{part}": (looks[labels] + noise).astype(np.uint8),
-            f"y_{part}": labels.astype(np.uint8),
-        }
-    for name in ("mnist", "fashion_mnist"):
-        np.savez(folder / f"{name}.npz", **arrays)
-    return folder
 
 
 @pytest.fixture
@@ -52,7 +34,9 @@ class Witness(pl.Callback):
         self.scores, self.first, self.validations = [], [], 0
 
     def on_fit_start(self, trainer, pl_module):
+        self.module = pl_module
         self.first = [theta.detach().clone() for theta in pl_module.parameters()]
+        self.tasks = trainer.datamodule.tasks
         self.first += [torch.stack([x for x, _ in task.train]) for task in trainer.datamodule.tasks]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -61,8 +45,10 @@ class Witness(pl.Callback):
 
     def on_task_end(self, trainer, pl_module, task):
         x, y = (torch.stack(part) for part in zip(*task.test, strict=True))
+        pl_module.eval()
         with torch.no_grad():
             self.scores.append(100 * float((pl_module(x).argmax(1) == y).float().mean()))
+        pl_module.train()
 
     def on_validation_start(self, trainer, pl_module):
         self.validations += 1
@@ -89,8 +75,9 @@ def test_every_stream_is_learned_and_scored_as_the_boundary_leaves_it(stream, me
     (record,) = runner(stream, method, "--seeds", "1").values()
     (witness,) = witnesses
     R = torch.tensor([[np.nan if score is None else score for score in row] for row in record["R"]])
-    assert R[0, 1].isnan()
     assert R.tril().isfinite().all()
+    # A head that is not learned yet is not scored.
+    assert bool(R[0, 1].isnan()) == isinstance(witness.module.head, TaskHeads) == (record["FWT"] is None)
     assert record["ACC"] == pytest.approx(float(average_score(R)), abs=1e-3)
     assert record["BWT"] == pytest.approx(float(backward_transfer(R)), abs=1e-3)
     assert R.diagonal().tolist() == pytest.approx(witness.scores, abs=1e-3)
@@ -114,13 +101,17 @@ def test_a_record_says_what_was_run(runner):
     assert record["seconds"] > 0
     first, second = record["used_capacity"]
     assert 0 < first <= second <= 1
+    assert record["bytes_per_parameter"] == 6.0
+    before, after = (row[1] for row in record["R"])
+    assert before < 50 < after
 
 
 def test_it_tells_where_it_is_and_the_mean_over_seeds(runner, capsys):
     records = runner("permuted_mnist", "ewc", "--seeds", "2", "--set", "strength=30")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert lines[1].startswith("seed 0, task 2 of 2: mean accuracy ")
+    where = "permuted_mnist ewc strength=30 tasks=2 epochs=1 seed=0: task 2 of 2, epoch 1 of 1, "
+    assert lines[1].startswith(where)
     scores = [record["ACC"] for record in records.values()]
     assert lines[-1].startswith(
         "permuted_mnist, ewc, strength=30, tasks=2, epochs=1, 2 seeds: "
@@ -136,8 +127,53 @@ def test_a_seed_that_is_recorded_is_not_run_again(runner, witnesses, capsys):
     assert "permuted_mnist-finetune-tasks=2-epochs=1-seed0.json is there already" in capsys.readouterr().out
 
 
+def test_forward_transfer_is_counted_from_the_untrained_network(runner, witnesses):
+    (record,) = runner("permuted_mnist", "finetune", "--seeds", "1").values()
+    protocol = PROTOCOLS["permuted_mnist"]
+    (witness,) = witnesses
+    body, head = protocol.module().body, protocol.module().head
+    with torch.no_grad():
+        for theta, first in zip((*body.parameters(), *head.parameters()), witness.first, strict=False):
+            theta.copy_(first)
+        x, y = (torch.stack(part) for part in zip(*witness.tasks[1].test, strict=True))
+        at_first = 100 * float((head(body(x)).argmax(1) == y).float().mean())
+    assert record["FWT"] == pytest.approx(record["R"][0][1] - at_first, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["blip-kronecker", "si"])
+def test_a_run_that_was_broken_off_goes_on_after_the_last_task(method, data, tmp_path):
+    stream = run.Run(replace(PROTOCOLS["permuted_mnist"], tasks=3, epochs=1), method, {})
+    told = []
+
+    def break_off(where, share):
+        told.append(where)
+        if "task 3" in where:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        stream.record(data, tmp_path, 0, report=break_off)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".ckpt"]
+    again = []
+    record = stream.record(data, tmp_path, 0, report=lambda where, share: again.append((where, share)))
+    assert len(told) == 3
+    assert [share for _, share in again] == [1.0]
+    assert "task 3 of 3" in again[0][0]
+    unbroken = stream.learn(data, 0)
+    changes = {"seconds": 0.0}
+    assert replace(record, **changes) == replace(unbroken, **changes)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_joint_training_scores_every_task_at_the_end(runner):
+    (record,) = runner("split_mnist", "joint", "--seeds", "1").values()
+    assert record["R"][0] == [None, None]
+    assert record["ACC"] == pytest.approx(np.mean(record["R"][1]), abs=1e-3)
+    assert record["BWT"] is record["FWT"] is None
+    assert record["bytes_per_parameter"] == 0
+
+
 def test_all_methods_start_alike_on_the_same_samples_in_the_same_order(runner, witnesses):
-    for method in run.METHODS:
+    for method in run.METHODS.keys() - {"joint"}:
         runner("permuted_mnist", method, "--seeds", "2")
     for seed in (0, 1):
         expected, *others = (witness.first for witness in witnesses[seed::2])
@@ -164,5 +200,5 @@ def test_a_setting_that_the_method_lacks_is_refused(method, setting, message, ru
 
 
 def test_a_stream_has_no_more_tasks_than_the_data(data):
-    with pytest.raises(ValueError, match="tasks=6 is more than the 5 pairs of classes"):
+    with pytest.raises(ValueError, match="tasks=6 is more than the 5 of split_mnist"):
         replace(PROTOCOLS["split_mnist"], tasks=6).stream(data, seed=0)

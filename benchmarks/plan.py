@@ -1,0 +1,121 @@
+"""What the results consist of: methods on streams, the search for their settings, and the seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.methods import METHODS
+from benchmarks.protocols import PROTOCOLS, Protocol
+from benchmarks.record import Record
+from benchmarks.run import Run
+
+# Settings are searched on so many tasks, with seed 0.
+_SEARCH_TASKS = 3
+_COMPARED = tuple(name for name in METHODS if name != "blip-paper")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method on a stream: a search for its setting, if it has one, and then a run for each seed.
+
+    Attributes:
+        protocol: The stream.
+        method: Name of the method.
+        seeds: How many: 0, 1, …
+    """
+
+    protocol: Protocol
+    method: str
+    seeds: int
+
+    @property
+    def search(self) -> list[Job]:
+        """Runs of the first tasks, one for each value of the setting."""
+        method = METHODS[self.method]
+        first = replace(self.protocol, tasks=min(_SEARCH_TASKS, self.protocol.tasks))
+        return [Job(Run(first, self.method, {str(method.setting): value}), 0) for value in method.values]
+
+    def seeds_of_best(self, out: Path) -> list[Job]:
+        """Runs of the whole stream, with the value that had the highest ACC in the search.
+
+        Args:
+            out: Folder of the records, those of the search among them.
+        """
+        best = max(self.search, key=lambda job: Record.read(job.path(out)).ACC, default=None)
+        run = Run(self.protocol, self.method, best.run.settings if best else {})
+        return [Job(run, seed) for seed in range(self.seeds)]
+
+    def left(self, out: Path) -> list[Job]:
+        """What can be done next: those runs of the search, or else of the seeds, that have no record."""
+        search = [job for job in self.search if not job.path(out).exists()]
+        return search or [job for job in self.seeds_of_best(out) if not job.path(out).exists()]
+
+    def epochs_left(self, out: Path) -> int:
+        """How many epochs are still to be trained, over all runs that have no record."""
+        search = [job for job in self.search if not job.path(out).exists()]
+        whole = self.seeds if search else len(self.left(out))
+        return sum(job.epochs for job in search) + whole * self.protocol.tasks * self.protocol.epochs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with one seed."""
+
+    run: Run
+    seed: int
+
+    @property
+    def epochs(self) -> int:
+        """How many it trains, over all tasks."""
+        return self.run.protocol.tasks * self.run.protocol.epochs
+
+    def path(self, out: Path) -> Path:
+        """Where its record lies."""
+        return self.run.path(out, self.seed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stream's place in the results.
+
+    Attributes:
+        stream: Its name.
+        seeds: How many.
+        epochs: Of each task, if not the stream's own.
+        methods: Their names.
+    """
+
+    stream: str
+    seeds: int = 3
+    epochs: int | None = None
+    methods: tuple[str, ...] = _COMPARED
+
+    @property
+    def protocol(self) -> Protocol:
+        """The stream as it is learned here."""
+        usual = PROTOCOLS[self.stream]
+        return replace(usual, epochs=self.epochs or usual.epochs)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """A method each."""
+        return [Entry(self.protocol, method, self.seeds) for method in self.methods]
+
+
+#: All parts of the results, by the device that they are made for.
+PARTS: dict[str, tuple[Part, ...]] = {
+    "cpu": (
+        Part("split_mnist"),
+        Part("split_mnist_domain"),
+        Part("split_fashion"),
+        Part("rotated_mnist"),
+        Part("permuted_mnist"),
+        Part("permuted_mnist_20", methods=("blip-kronecker",)),
+        Part("permuted_mnist_heads"),
+        Part("permuted_mnist_heads_adam", seeds=1, methods=("finetune", "blip", "blip-kronecker")),
+        Part("split_cifar10", seeds=1, epochs=2),
+        Part("three_sets", seeds=1, epochs=1),
+    ),
+    "cuda": (Part("split_cifar10"), Part("three_sets")),
+}

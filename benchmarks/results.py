@@ -1,0 +1,304 @@
+"""Writes the table of results and its pictures, from the records alone."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.methods import METHODS
+from benchmarks.plan import PARTS, Entry, Part
+from benchmarks.protocols import PROTOCOLS
+from benchmarks.record import Record
+from benchmarks.run import spread
+
+_BASES = ("blip", "blip-kronecker")
+# Okabe and Ito's colours, which colour-blind people can tell apart; a method keeps its own in every picture.
+_COLOURS = ("#999999", "#F0E442", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#000000")
+_MAPS_A_ROW = 5
+_HEAD = """# Results
+
+Written by `python -m benchmarks.results` from the files in `benchmarks/records`, one for each run: no figure
+is typed by hand but the published ones. `make benchmarks DATA=DIR` makes the records.
+
+- **ACC**, **BWT**, **FWT**: average score after the last task, backward transfer over the T − 1 tasks before
+  it, forward transfer (the score on a task right before it is learned, less that of the untrained network); in
+  %, mean ± standard deviation of the sample over the seeds. A task whose head is new has no forward transfer.
+- **bytes**: kept from task to task beside the network, for each of its parameters.
+- **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
+- Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
+  defaults. Every other method has its one main setting searched, on the first three tasks of seed 0, over
+  four values.
+- Joint training has all tasks at once: the ceiling, no method.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's results on a stream.
+
+    Attributes:
+        method: Its name.
+        records: One a seed.
+    """
+
+    method: str
+    records: list[Record]
+
+    @property
+    def title(self) -> str:
+        """The method and its settings."""
+        settings = "".join(f", {name} = {value:g}" for name, value in self.records[0].settings.items())
+        return METHODS[self.method].title + settings
+
+    @property
+    def acc(self) -> float:
+        """Mean ACC."""
+        return statistics.mean(record.ACC for record in self.records)
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """R, its mean over the seeds, without the scores on tasks that were still to come."""
+        R = np.mean([np.array(record.R, dtype=float) for record in self.records], axis=0)
+        return np.where(np.tri(len(R), dtype=bool), R, np.nan)
+
+    def cells(self) -> list[str]:
+        """What the table says of it."""
+
+        def figure(of: Callable[[Record], float | None], sign: str = "") -> str:
+            values = [value for value in map(of, self.records) if value is not None]
+            return spread(values, sign).replace("-", "−") if values else "–"
+
+        return [
+            self.title,
+            str(len(self.records)),
+            figure(lambda record: record.ACC),
+            figure(lambda record: record.BWT, "+"),
+            figure(lambda record: record.FWT, "+"),
+            f"{statistics.mean(record.bytes_per_parameter for record in self.records):.1f}",
+            f"{statistics.mean(record.seconds for record in self.records):.0f}",
+        ]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure that a baseline is checked against.
+
+    Attributes:
+        stream: Name of ours.
+        method: Name of the method.
+        ACC: In %.
+        source: Where it stands.
+        within: How many points apart are fine; None if none was promised.
+    """
+
+    stream: str
+    method: str
+    ACC: float
+    source: str
+    within: float | None = None
+
+
+_GPM = "Saha et al., ICLR 2021, table 1"
+PUBLISHED = (
+    Published("permuted_mnist", "ewc", 89.97, _GPM, within=1.5),
+    Published("permuted_mnist", "gpm", 93.91, _GPM, within=1.5),
+    Published("permuted_mnist", "joint", 96.70, _GPM, within=1.0),
+)
+
+
+def row_of(entry: Entry, folder: Path) -> Row | None:
+    """What is recorded of a method on a stream.
+
+    Args:
+        entry: The method on its stream.
+        folder: Of the records.
+
+    Returns:
+        Its results, with the setting that the search found best; None if there are none yet.
+    """
+    if not all(job.path(folder).exists() for job in entry.search):
+        return None
+    paths = [job.path(folder) for job in entry.seeds_of_best(folder)]
+    records = [Record.read(path) for path in paths if path.exists()]
+    return Row(entry.method, records) if records else None
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Whether the better of BLIP's two bases is ahead of everything that it is compared with."""
+    ours = [row for row in rows if row.method in _BASES]
+    others = [row for row in rows if row.method not in (*_BASES, "joint")]
+    if not ours or not others:
+        return ""
+    best, rival = (max(group, key=lambda row: row.acc) for group in (ours, others))
+    ahead = best.acc - rival.acc
+    if ahead > 0:
+        return f"{best.title} is ahead of all others, by {ahead:.2f} points of the next, {rival.title}."
+    return f"{rival.title} is ahead of {best.title} by {-ahead:.2f} points."
+
+
+def section(part: Part, folder: Path, pictures: Path) -> str:
+    """A stream: its table, what it says, and the picture.
+
+    Args:
+        part: The stream.
+        folder: Of the records.
+        pictures: Folder that the picture goes to.
+
+    Returns:
+        Markdown; nothing if there are no records.
+    """
+    rows = [row for entry in part.entries if (row := row_of(entry, folder)) is not None]
+    if not rows:
+        return ""
+    name = part.stream + (f"-{part.epochs}-epochs" if part.epochs else "")
+    draw(rows, pictures / f"{name}.png")
+    machines = sorted({record.machine for row in rows for record in row.records})
+    header = ["method", "seeds", "ACC", "BWT", "FWT", "bytes", "seconds"]
+    protocol = part.protocol
+    lines = [
+        f"## `{part.stream}`",
+        f"{protocol.description}. {protocol.tasks} tasks of {protocol.epochs} epochs; {', '.join(machines)}.",
+        markdown_table(header, [row.cells() for row in rows]),
+        verdict(rows),
+        f"![{part.stream}](../docs/results/{name}.png)",
+        _searches(part, folder),
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _searches(part: Part, folder: Path) -> str:
+    """What each value of a setting came to in the search."""
+    lines = []
+    for entry in part.entries:
+        tried = [(job.run.settings, job.path(folder)) for job in entry.search]
+        if tried and all(path.exists() for _, path in tried):
+            values = [
+                f"{value:g}: {Record.read(path).ACC:.2f}" for one, path in tried for value in one.values()
+            ]
+            lines.append(
+                f"{METHODS[entry.method].title}, {METHODS[entry.method].setting} = {', '.join(values)}"
+            )
+    return f"Searched (ACC on the first three tasks): {'; '.join(lines)}." if lines else ""
+
+
+def checks(folder: Path) -> str:
+    """The baselines beside published figures.
+
+    Args:
+        folder: Of the records.
+
+    Returns:
+        Markdown.
+    """
+    lines = []
+    for figure in PUBLISHED:
+        row = row_of(Entry(PROTOCOLS[figure.stream], figure.method, Part.seeds), folder)
+        if row is None:
+            continue
+        apart = row.acc - figure.ACC
+        promise = (
+            ""
+            if figure.within is None
+            else f" (within {figure.within:g}: {_yes(abs(apart) <= figure.within)})"
+        )
+        lines.append(
+            [
+                row.title,
+                f"`{figure.stream}`",
+                f"{figure.ACC:.2f}",
+                f"{row.acc:.2f}",
+                f"{apart:+.2f}{promise}",
+                figure.source,
+            ]
+        )
+    return (
+        markdown_table(["method", "stream", "published ACC", "here", "apart", "source"], lines)
+        if lines
+        else ""
+    )
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "**no**"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A picture: R of each method, averaged over seeds, and how the average score goes down.
+
+    Args:
+        rows: The methods.
+        path: Of the file.
+    """
+    learners = [row for row in rows if row.method != "joint"]
+    heights = -(-len(learners) // _MAPS_A_ROW)
+    figure = Figure(figsize=(16, 1.2 + 2.3 * heights), layout="constrained")
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[5, 3]))
+    lowest = min(float(np.nanmin(row.matrix)) for row in learners)
+    maps = left.subplots(heights, _MAPS_A_ROW, squeeze=False).flat
+    for axes, row in zip(maps, learners, strict=False):
+        image = axes.imshow(row.matrix, cmap="viridis", vmin=lowest, vmax=100, interpolation="nearest")
+        axes.set_title(row.title, fontsize="small")
+        axes.set(xticks=[], yticks=[])
+    for axes in maps[len(learners) :]:
+        axes.axis("off")
+    left.supxlabel("score on task →", fontsize="small")
+    left.supylabel("← after learning task", fontsize="small")
+    left.colorbar(image, ax=left.axes, label="%", shrink=0.8)
+    _draw_averages(right.subplots(), rows)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
+    names = list(METHODS)
+    for row in rows:
+        colour, title = _COLOURS[names.index(row.method) % len(_COLOURS)], row.title
+        if row.method == "joint":
+            axes.axhline(row.acc, color="0.3", linestyle="--", linewidth=1, label=title)
+            continue
+        ours = row.method in _BASES
+        axes.plot(
+            range(1, len(row.matrix) + 1),
+            np.nanmean(row.matrix, axis=1),
+            color=colour,
+            linewidth=2.5 if ours else 1.3,
+            marker="o" if ours else ".",
+            label=title,
+        )
+    axes.set(xlabel="tasks learned", ylabel="average score on them, %")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes RESULTS.md and docs/results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    parser.add_argument("--records", type=Path, default=Path("benchmarks/records"))
+    parser.add_argument("--to", type=Path, default=Path("benchmarks/RESULTS.md"))
+    parser.add_argument("--pictures", type=Path, default=Path("docs/results"))
+    options = parser.parse_args(arguments)
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    parts = [part for device in PARTS.values() for part in device]
+    sections = [text for part in parts if (text := section(part, options.records, options.pictures))]
+    checked = checks(options.records)
+    published = [f"## Baselines against published figures\n\n{checked}"] if checked else []
+    options.to.write_text("\n\n".join([_HEAD.strip(), *sections, *published]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

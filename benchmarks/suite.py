@@ -1,0 +1,162 @@
+"""Runs all methods on all streams, each with its best setting; goes on where it was broken off."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from queue import Queue
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from benchmarks import results
+from benchmarks.methods import METHODS
+from benchmarks.plan import PARTS, Entry, Job
+from benchmarks.protocols import PROTOCOLS
+from benchmarks.record import Record
+
+
+class Suite:
+    """The runs that are under way and those to come.
+
+    Args:
+        planned: Methods on streams.
+        data: Folder of the data.
+        out: Folder of the records.
+        device: ``"cpu"`` or ``"cuda"``.
+        processes: How many runs at a time.
+    """
+
+    def __init__(self, planned: Sequence[Entry], data: Path, out: Path, device: str, processes: int) -> None:
+        self.planned = planned
+        self.data = data
+        self.out = out
+        self.device = device
+        self.processes = processes
+        self.failed: dict[Path, BaseException] = {}
+        self._running: dict[Future[None], Job] = {}
+        self._where: dict[str, tuple[str, float]] = {}
+
+    def run(self) -> None:
+        """Runs everything that has no record yet."""
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        console = Console()
+        with (
+            context.Manager() as manager,
+            ProcessPoolExecutor(
+                self.processes, context, initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool,
+            Live(console=console, auto_refresh=False, transient=True) as live,
+        ):
+            told: Queue[tuple[str, str, float]] = manager.Queue()
+            while self._start(pool, told):
+                done, _ = wait(self._running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for key, where, share in _drained(told):
+                    self._where[key] = (where, share)
+                    if not console.is_terminal:
+                        console.print(f"[{self.time_left()} left] {where}", soft_wrap=True, markup=False)
+                for future in done:
+                    self._end(future)
+                live.update(self._table(), refresh=True)
+
+    def time_left(self) -> str:
+        """How long the rest will take, by what such epochs took so far."""
+        seconds = 0.0
+        for entry in self.planned:
+            rate = _seconds_an_epoch(self.out, entry.protocol.name)
+            if rate is None and entry.epochs_left(self.out):
+                return "an unknown time"
+            seconds += (rate or 0.0) * entry.epochs_left(self.out)
+        for job in self._running.values():
+            _, share = self._where.get(str(job.path(self.out)), ("", 0.0))
+            seconds -= share * job.epochs * (_seconds_an_epoch(self.out, job.run.protocol.name) or 0.0)
+        minutes = round(seconds / self.processes / 60)
+        return f"{minutes // 60} h {minutes % 60:02} min"
+
+    def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[str, str, float]]) -> bool:
+        """Starts as many runs as there is room for; says whether any is under way."""
+        busy = {*(job.path(self.out) for job in self._running.values()), *self.failed}
+        for job in (job for entry in self.planned for job in entry.left(self.out)):
+            if len(self._running) < self.processes and job.path(self.out) not in busy:
+                arguments = (job, self.data, self.out, self.device, told)
+                self._running[pool.submit(_work, *arguments)] = job
+        return bool(self._running)
+
+    def _end(self, future: Future[None]) -> None:
+        job = self._running.pop(future)
+        self._where.pop(str(job.path(self.out)), None)
+        error = future.exception()
+        if error is not None:
+            self.failed[job.path(self.out)] = error
+
+    def _table(self) -> Table:
+        """What is under way."""
+        table = Table(title=f"{self.time_left()} left", title_justify="left", box=None, show_header=False)
+        for where, share in self._where.values():
+            table.add_row(f"{share:.0%}", where)
+        return table
+
+
+def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[str, str, float]]) -> None:
+    key = str(job.path(out))
+    job.run.record(data, out, job.seed, device, lambda where, share: told.put((key, where, share)))
+
+
+def _drained(told: Queue[tuple[str, str, float]]) -> Iterator[tuple[str, str, float]]:
+    while not told.empty():
+        yield told.get()
+
+
+def _seconds_an_epoch(out: Path, stream: str) -> float | None:
+    """Of a stream, as far as runs of it are recorded."""
+    records = [Record.read(path) for path in out.glob(f"{stream}-*.json")]
+    rates = [record.seconds / (record.tasks * record.epochs) for record in records]
+    return statistics.mean(rates) if rates else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/records"), help="folder of the records")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--processes", type=int, default=2, help="how many runs at a time")
+    parser.add_argument(
+        "--streams",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=list(PROTOCOLS),
+        metavar="STREAM",
+        help="some of those of the tables",
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what has no record yet, and writes the table and the pictures."""
+    options = _parser().parse_args(arguments)
+    planned = [
+        entry
+        for part in PARTS[options.device]
+        for entry in part.entries
+        if part.stream in options.streams and entry.method in options.methods
+    ]
+    suite = Suite(planned, options.data, options.out, options.device, options.processes)
+    suite.run()
+    results.main(["--records", str(options.out)])
+    for path, error in suite.failed.items():
+        print(f"failed: {path.stem}: {error!r}")
+    if suite.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""LwF: the gradient that it adds is that of the distillation loss written out."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.baselines import LwF
+from lightning_blip import TaskHeads
+from tests.benchmarks.learning import HeadATask, added_gradients, disturb, learn, learn_by_hand
+from tests.networks import Net
+
+
+class SlowLwF:
+    """With soft targets from a copy of the whole network, and the divergence as sums."""
+
+    def __init__(self, strength, temperature):
+        self.strength, self.temperature = strength, temperature
+        self.old, self.learned = None, 0
+
+    def penalty(self, module, x):
+        if self.old is None:
+            return torch.zeros(())
+        total, heads = 0.0, self.heads(module)
+        for head, old_head in zip(heads, self.heads(self.old), strict=True):
+            p = torch.softmax(head(module.body(x)) / self.temperature, 1)
+            target = torch.softmax(old_head(self.old.body(x)) / self.temperature, 1).detach()
+            total += (target * (target / p).log()).sum() / len(x)
+        return self.strength * self.temperature**2 * total / len(heads)
+
+    def heads(self, module):
+        return module.head.heads[: self.learned] if isinstance(module.head, TaskHeads) else [module.head]
+
+    def end_step(self, module, before, gradients):
+        pass
+
+    def end_task(self, module, stream):
+        self.learned += 1
+        self.old = deepcopy(module).eval()
+
+
+@pytest.mark.parametrize("net", [Net, HeadATask], ids=["shared head", "head a task"])
+def test_all_is_learned_as_by_hand(net, tmp_path):
+    settings = {"strength": 0.7, "temperature": 3.0}
+    module = learn(LwF(**settings), net=net, folder=tmp_path)
+    expected = learn_by_hand(SlowLwF(**settings), net)
+    torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_soft_targets_are_those_of_evaluation_mode(tmp_path):
+    lwf = LwF()
+    module = learn(lwf, net=partial(Net, norm=True), folder=tmp_path, max_epochs=2).eval()
+    lwf.on_train_batch_start(None, module, (torch.randn(16, 8), None), 0)
+    assert max(gradient.abs().max() for gradient in added_gradients(lwf, module).values()) < 1e-6
+    disturb(module)
+    assert min(gradient.abs().max() for gradient in added_gradients(lwf, module).values()) > 1e-4
+
+
+def test_old_heads_go_on_learning(tmp_path):
+    one, two = (learn(LwF(), net=HeadATask, folder=tmp_path, max_epochs=epochs) for epochs in (2, 4))
+    assert not torch.equal(one.head.heads[0].weight, two.head.heads[0].weight)
+    assert torch.equal(one.head.heads[2].weight, two.head.heads[2].weight)

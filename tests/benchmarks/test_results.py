@@ -1,0 +1,122 @@
+"""The table of results: what it says follows from the records alone."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import plan, results, suite
+from benchmarks.plan import Entry, Job, Part
+from benchmarks.protocols import PROTOCOLS
+from benchmarks.record import Record
+from benchmarks.run import Run
+
+PART = Part("split_fashion", seeds=2, epochs=1, methods=("finetune", "ewc", "blip", "joint"))
+
+
+def write(folder, job, acc, bwt=-10.0):
+    """A record as a run of so high a score would leave it."""
+    protocol = job.run.protocol
+    R = np.tri(protocol.tasks) * acc
+    record = Record(
+        stream=protocol.name, method=job.run.method, settings=job.run.settings, seed=job.seed,
+        tasks=protocol.tasks, epochs=protocol.epochs, ACC=acc, BWT=bwt, FWT=None,
+        R=np.where(R > 0, R, None).tolist(), used_capacity=[], bytes_per_parameter=8.0, seconds=3.0,
+        machine="a machine", torch_version="2",
+    )  # fmt: skip
+    record.write(job.path(folder))
+
+
+@pytest.fixture
+def records(tmp_path):
+    """All records of a part: EWC's search was won by λ = 30."""
+    folder = tmp_path / "records"
+    scores = {"finetune": 70.0, "ewc": 80.0, "blip": 90.0, "joint": 99.0}
+    for entry in PART.entries:
+        for job, acc in zip(entry.search, (60.0, 61.0, 75.0, 62.0), strict=False):
+            write(folder, job, acc)
+        for job in entry.seeds_of_best(folder):
+            write(folder, job, scores[entry.method] + job.seed)
+    return folder
+
+
+def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
+    entry = Entry(replace(PROTOCOLS["split_fashion"], epochs=1), "ewc", seeds=2)
+    first = entry.left(tmp_path)
+    assert [job.run.settings for job in first] == [{"strength": value} for value in (3, 10, 30, 100)]
+    assert {(job.seed, job.run.protocol.tasks) for job in first} == {(0, 3)}
+    assert entry.epochs_left(tmp_path) == 4 * 3 + 2 * 5
+    for job, acc in zip(first, (60.0, 75.0, 61.0, 62.0), strict=True):
+        write(tmp_path, job, acc)
+    best = Run(entry.protocol, "ewc", {"strength": 10})
+    assert entry.left(tmp_path) == [Job(best, 0), Job(best, 1)]
+    assert entry.epochs_left(tmp_path) == 2 * 5
+    for job in entry.left(tmp_path):
+        write(tmp_path, job, 70.0)
+    assert entry.left(tmp_path) == []
+
+
+def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
+    text = results.section(PART, records, tmp_path)
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 3 |" in rows["| online EWC, strength = 30"]
+    assert "90.50 ± 0.71" in rows["| BLIP"]
+    assert "ahead of all others, by 10.00 points of the next, online EWC, strength = 30." in text
+    assert "online EWC, strength = 3: 60.00, 10: 61.00, 30: 75.00, 100: 62.00" in text
+    assert "a machine" in text
+    assert (tmp_path / "split_fashion-1-epochs.png").stat().st_size > 10_000
+
+
+def test_where_another_is_ahead_it_says_so(records):
+    rows = [results.row_of(entry, records) for entry in PART.entries]
+    rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
+    assert results.verdict(rows) == "fine-tuning is ahead of BLIP by 4.50 points."
+
+
+def test_a_stream_without_records_is_left_out(tmp_path):
+    assert results.section(PART, tmp_path, tmp_path) == ""
+
+
+@pytest.mark.parametrize(("score", "verdict"), [(96.5, "yes"), (90.0, "**no**")])
+def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_path):
+    entry = Entry(PROTOCOLS["permuted_mnist"], "joint", seeds=3)
+    for job in entry.left(tmp_path):
+        write(tmp_path, job, score, bwt=None)
+    (line,) = results.checks(tmp_path).splitlines()[2:]
+    assert line.startswith(f"| joint training | `permuted_mnist` | 96.70 | {score:.2f} | {score - 96.7:+.2f}")
+    assert f"(within 1: {verdict})" in line
+
+
+def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(
+    data, tmp_path, monkeypatch, capsys
+):
+    part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
+    for module in (plan, suite, results):
+        monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    first, second = (entry.seeds_of_best(tmp_path)[0] for entry in part.entries)
+    out = tmp_path / "records"
+    write(out, second, 88.0, bwt=None)
+    suite.main(["--data", str(data), "--out", str(out), "--processes", "1"])
+    said = capsys.readouterr().out
+    where = re.findall(r"\[(.*) left\] split_fashion finetune .*: task (\d) of 5, epoch 1 of 1", said)
+    assert [task for _, task in where] == ["1", "2", "3", "4", "5"]
+    assert {left for left, _ in where} == {"0 h 00 min"}
+    assert first.path(out).exists()
+    assert Record.read(second.path(out)).ACC == 88.0
+    assert "| joint training | 1 | 88.00 | – |" in (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
+    part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
+    for module in (plan, suite, results):
+        monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    with pytest.raises(SystemExit):
+        suite.main(["--data", str(tmp_path), "--out", "records", "--processes", "2"])
+    said = capsys.readouterr().out
+    assert "failed: split_fashion-finetune-epochs=1-seed0: FileNotFoundError" in said
+    assert "failed: split_fashion-joint-epochs=1-seed0: FileNotFoundError" in said
