@@ -30,8 +30,9 @@ Written by `python -m benchmarks.results` from the files in `benchmarks/records`
 is typed by hand but the published ones. `make benchmarks DATA=DIR` makes the records.
 
 - **ACC**, **BWT**, **FWT**: average score after the last task, backward transfer over the T − 1 tasks before
-  it, forward transfer (the score on a task right before it is learned, less that of the untrained network); in
-  %, mean ± standard deviation of the sample over the seeds. A task whose head is new has no forward transfer.
+  it, forward transfer (the score on a task right before it is learned, less that of the untrained network);
+  in %, mean ± standard deviation of the sample over the seeds. A task whose head is new has no forward
+  transfer.
 - **bytes**: kept from task to task beside the network, for each of its parameters.
 - **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
 - Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
@@ -282,7 +283,7 @@ def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(xlabel="tasks learned", ylabel="average score on them, %")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small", frameon=False)
+    axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

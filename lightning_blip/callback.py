@@ -586,8 +586,9 @@ class BLIP(pl.Callback):
         self._attach(module)
         forgotten, at_walls = self._network.strain(module)
         shares = {"at_wall": at_walls, "drifted": self._network.drifted(module)}
-        pull = self.chosen.get("pull", 0.0)
-        self._network.settle(module, pull)
+        for wrapper in self._wrappers:
+            wrapper.catch_up()
+        self._network.settle(module)
         fishers, factors = self._estimate(module, batches, size, quiet)
         before = self.bits()
         gains = self._network.consolidate(module, fishers, factors)

@@ -14,7 +14,6 @@ from lightning_blip.defaults import Measured
 from lightning_blip.fisher.kronecker import MATRICES, Factors, matrix_layers
 from lightning_blip.information import Rule, consolidate, rule_precision
 from lightning_blip.kronecker import KroneckerBits, as_matrix
-from lightning_blip.step import Step, hold_back_all
 
 Basis = Literal["diagonal", "kronecker"]
 
@@ -151,18 +150,17 @@ class FrozenNetwork:
                 gains[name] = layer.consolidate(as_matrix(self._of_layer(own, name)), factors[name])
         return gains
 
-    def settle(self, module: nn.Module, pull: float) -> None:
-        """Pulls by what is due since the last time, and puts everything into its cell."""
+    def settle(self, module: nn.Module) -> None:
+        """Puts everything into its cell; whatever pull was due is counted as done."""
         own = dict(module.named_parameters())
         for name, frozen in self.parameters.items():
-            if frozen.tasks:
-                rate = frozen.collected()
-                hold_back_all([Step(own[name], frozen, None, 1.0, pull * rate, seldom=True)], 0.0)
+            frozen.collected()
             theta = own[name].data
             theta.clamp_(*frozen.limits(theta.dtype))
         for name, layer in self.layers.items():
+            layer.collected()
             if layer.tasks:
-                layer.hold_back([theta.data for theta in self._of_layer(own, name)], pull * layer.collected())
+                layer.hold_back([theta.data for theta in self._of_layer(own, name)], pull=0.0)
 
     def bits(self) -> dict[str, Tensor]:
         """uint8: of each parameter, or of each coordinate of a layer."""

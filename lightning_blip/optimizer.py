@@ -11,6 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_blip.bits import BITS_MASK, FrozenBits
 from lightning_blip.kronecker import KroneckerBits
+from lightning_blip.preconditioner import effective_rate, preconditioner
 from lightning_blip.step import CHUNK, Step, hold_back_all
 
 Closure = Callable[[], Any]
@@ -21,12 +22,15 @@ class FrozenBitsOptimizer(Optimizer):
 
     Before a step, values with all bits frozen lose their gradient (and, after it, their momentum). After the
     step, for every parameter θ with a frozen state, in this order: the update is scaled by 2^(−p·bits); θ is
-    pulled towards its anchor, θ ← θ* + (θ − θ*)/(1 + η·λ·(S_t − S_0)); θ is projected into its cell. The
-    update that is scaled is the one the optimizer made, so the scale means the same for SGD and Adam. The
-    pull is that of ``every`` steps at once, η the sum of their learning rates: it then costs next to nothing,
-    and keeps more, since it leaves less of the noise of single steps.
+    pulled towards its anchor, θ ← θ* + (θ − θ*)/(1 + η·λ·(S_t − S_0)/P); θ is projected into its cell. The
+    update that is scaled is the one the optimizer made, so the scale means the same for SGD and Adam, and so
+    does the pull: η is the learning rate times what momentum adds up to, and P what the optimizer divides the
+    gradient of each value by, see :mod:`lightning_blip.preconditioner`. The pull is that of ``every`` steps
+    at once, η the sum of theirs: it then costs next to nothing, and keeps more, since it leaves less of the
+    noise of single steps.
 
-    A layer in the Kronecker basis is pulled, and projected into its cells, every so many steps as well.
+    A layer in the Kronecker basis is pulled, and projected into its cells, every so many steps as well, P
+    being the root mean square over its weight.
 
     The wrapper shares groups, state and hooks with the wrapped optimizer, and works through the latter's own
     step hooks: schedulers, gradient scalers and loops may hold either of the two. Post-step hooks see
@@ -160,6 +164,17 @@ class FrozenBitsOptimizer(Optimizer):
     def found_inf(self) -> None:
         del self.optimizer.found_inf  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Pulls by what is due since the last pull, without a step."""
+        steps = [
+            self._held_back(one, None, 1.0, self.pull * one.frozen.collected())
+            for one in self._protected or []
+            if one.tasks and not one.outdated
+        ]
+        hold_back_all(steps, self.scale)
+        self._hold_back_layers(now=True)
+
     def unwrap(self) -> Optimizer:
         """Takes the freezing off again.
 
@@ -228,18 +243,24 @@ class FrozenBitsOptimizer(Optimizer):
         if update is None and self.scale and one.theta.grad is not None:
             update = self.optimizer.state.get(one.theta, {}).get("momentum_buffer", one.theta.grad)
             update, factor = update if update.layout == torch.strided else update.to_dense(), rate
-        pull = self.pull * one.frozen.due(rate, self.every)
-        return Step(one.theta, one.frozen, update, factor, pull, seldom=pull > 0 and self.every > 1)
+        pull = self.pull * one.frozen.due(effective_rate(one.group), self.every)
+        return self._held_back(one, update, factor, pull)
 
-    def _hold_back_layers(self) -> None:
-        rates = {
-            theta: float(group["lr"]) for group in self.optimizer.param_groups for theta in group["params"]
-        }
+    def _held_back(self, one: _Protected, update: Tensor | None, factor: float, pull: float) -> Step:
+        P = preconditioner(self.optimizer, one.theta, one.group) if pull else None
+        return Step(one.theta, one.frozen, update, factor, pull, P, seldom=pull > 0 and self.every > 1)
+
+    def _hold_back_layers(self, now: bool = False) -> None:
+        groups = {theta: group for group in self.optimizer.param_groups for theta in group["params"]}
         for parameters, frozen in self.layers.items():
-            if parameters[0] in rates:
-                rate = frozen.due(rates[parameters[0]], self.every)
-                if rate and frozen.tasks:
-                    frozen.hold_back(parameters, self.pull * rate)
+            weight = parameters[0]
+            if weight not in groups:
+                continue
+            rate = frozen.collected() if now else frozen.due(effective_rate(groups[weight]), self.every)
+            if rate and frozen.tasks:
+                P = preconditioner(self.optimizer, weight, groups[weight])
+                mean = 1.0 if P is None else float(P.square().mean().sqrt())
+                frozen.hold_back(parameters, self.pull * rate / max(mean, 1e-30))
 
     def _mask_gradients(self) -> None:
         for one in self._protected or ():

@@ -31,6 +31,7 @@ class Values(NamedTuple):
     packed: Tensor
     gained: Tensor | None
     update: Tensor | None
+    divisor: Tensor | None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Values:
         """Those that there are, each put through a function."""
@@ -50,6 +51,7 @@ class Step:
         update: None if there was no step, or it is not to be scaled.
         factor: See above.
         pull: η·λ, the learning rate times the strength of the pull; 0 for none.
+        divisor: P, what the optimizer divided gradients by; None for 1.
         seldom: Whether there are so few such steps that no function is compiled for them.
     """
 
@@ -58,13 +60,14 @@ class Step:
     update: Tensor | None
     factor: float
     pull: float
+    divisor: Tensor | None = None
     seldom: bool = False
 
     @property
     def values(self) -> Values:
         """What differs from value to value."""
         gained = self.frozen.gained if self.pull else None
-        return Values(self.theta.detach(), self.frozen.packed, gained, self.update)
+        return Values(self.theta.detach(), self.frozen.packed, gained, self.update, self.divisor)
 
     @property
     def constants(self) -> list[float]:
@@ -84,6 +87,7 @@ class Step:
             self.frozen.cell,
             self.update is None,
             self.pull == 0,
+            self.divisor is None,
             self.seldom,
         )
 
@@ -97,7 +101,7 @@ def hold_back(
     for bit whether they run one by one or compiled into one loop.
 
     Args:
-        values: The parameter after the step −factor·update, moved in place; its state; the update.
+        values: The parameter after the step −factor·update, moved in place; its state; the update; P.
         kept: 2^(−p·bits), the share of the update that is left; None if there is no update.
         constants: The factor, 1/(η·λ·S_0) and B·2^−N: numbers, or one for each value.
         max_bits: N.
@@ -109,12 +113,12 @@ def hold_back(
         >>> frozen.freeze(theta, bits=torch.tensor([2, 0]), keep_free_bits=True)
         >>> theta -= update
         >>> constants = torch.tensor([1.0, 1.0, 2.0**-20])
-        >>> values = Values(theta, frozen.packed, None, update)
+        >>> values = Values(theta, frozen.packed, None, update, None)
         >>> hold_back(values, torch.tensor([0.25, 1.0]), constants, max_bits=20, cell="strict")
         >>> theta
         tensor([ 0.2750, -0.7000])
     """
-    theta, packed, gained, update = values
+    theta, packed, gained, update, divisor = values
     factor, slack, grid = constants
     code = packed >> BITS_FIELD
     value = theta
@@ -122,8 +126,8 @@ def hold_back(
         value = value + (1 - kept) * (update * factor)
     if gained is not None:
         information = stored_information(gained, theta.dtype)
-        # s/(1 + s) of the way to the anchor, where s = ηλ(S_t − S_0).
-        share = information / (information + slack)
+        # s/(1 + s) of the way to the anchor, where s = ηλ(S_t − S_0)/P.
+        share = information / (information + (slack if divisor is None else slack * divisor))
         value = value + (code.to(theta.dtype) * grid - value) * share
     low, high = cell_codes(code, packed & BITS_MASK, max_bits, cell)
     value = torch.maximum(value, low.to(theta.dtype) * grid)
@@ -233,13 +237,14 @@ def _fused(
     packed: Tensor,
     gained: Tensor | None,
     update: Tensor | None,
+    divisor: Tensor | None,
     constants: Tensor,
     max_bits: str,
     cell: Cell,
 ) -> None:
     # Codes come as patterns of float32, vectors of which Inductor loads several times faster, and N as text,
     # which is a constant to it: powers of a variable are of floating point on a GPU.
-    values = Values(theta, packed.view(torch.int32), gained, update)
+    values = Values(theta, packed.view(torch.int32), gained, update, divisor)
     factor, slack, grid, *powers = constants
     kept = None if values.update is None else _power(values.packed & BITS_MASK, powers)
     hold_back(values, kept, (factor, slack, grid), int(max_bits), cell)
@@ -260,8 +265,8 @@ class _Compiled:
         if self._function is None:
             self._function = torch.compile(_fused, dynamic=True)
         try:
-            theta, packed, gained, update = values
-            self._function(theta, packed.view(torch.float32), gained, update, constants, str(max_bits), cell)
+            theta, packed, *others = values
+            self._function(theta, packed.view(torch.float32), *others, constants, str(max_bits), cell)
         except Exception as error:
             self._works = False
             warnings.warn(

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -183,6 +184,50 @@ def test_the_pull_is_the_proximal_step_of_its_formula_and_follows_the_rate():
         step = before - rate * theta.grad
         optimizer.step()
         torch.testing.assert_close(theta.data, anchor + (step - anchor) / (1 + rate * 3.0 * 7.0))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(SGD, lr=0.001),
+        partial(SGD, lr=0.0002, momentum=0.9, dampening=0.5),
+        partial(Adam, lr=0.0003),
+        partial(AdamW, lr=0.0003, weight_decay=0.0, amsgrad=True),
+        partial(RMSprop, lr=0.0003),
+        partial(Adagrad, lr=0.02),
+    ],
+)
+def test_a_pull_of_one_strength_holds_every_optimizer_at_the_same_point(make, every):
+    theta, frozen = problem(0, gained=2.0)
+    anchor = frozen.anchor(torch.float32)
+    low, high = frozen.limits(torch.float32)
+    goal = anchor + 0.3 * (torch.minimum(high - anchor, anchor - low))
+    optimizer = FrozenBitsOptimizer(make([theta]), {theta: frozen}, pull=3.0, every=every)
+    for _ in range(4_000):
+        theta.grad = 2.0 * (theta.detach() - goal)
+        optimizer.step()
+    # There the gradient 2·(θ − goal) and that of the penalty, 3·2·(θ − θ*), cancel.
+    torch.testing.assert_close(theta.data, (2.0 * goal + 6.0 * anchor) / 8.0, rtol=0.0, atol=2e-3)
+
+
+def test_a_last_pull_catches_up_with_the_steps_since_the_one_before():
+    pulled = []
+    for every in (2, 3):
+        torch.manual_seed(0)
+        theta, frozen = problem(0, gained=7.0)
+        optimizer = FrozenBitsOptimizer(Adam([theta], lr=0.01), {theta: frozen}, pull=300.0, every=every)
+        frozen.total = 100
+        for gradient in (0.5, 0.2):
+            theta.grad = torch.full_like(theta, gradient)
+            optimizer.step()
+        free = theta.detach().clone()
+        optimizer.catch_up()
+        pulled.append(theta.detach().clone())
+    assert torch.equal(*pulled)
+    assert not torch.equal(free, pulled[1])
+    optimizer.catch_up()
+    assert torch.equal(theta, pulled[1])
 
 
 def test_a_huge_pull_stays_stable_at_the_anchor():

@@ -10,7 +10,7 @@ from lightning_blip.step import Step, hold_back_all
 SCALE = 0.7
 
 
-def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull=3.0):
+def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull=3.0, divisor=True):
     """A step of parameters of all sorts, the same at every call."""
     torch.manual_seed(0)
     made = []
@@ -21,7 +21,8 @@ def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull
         frozen.freeze(theta, torch.randint(0, 21, theta.shape), keep_free_bits=True)
         step = torch.randn_like(theta)
         theta -= rate * step
-        made.append(Step(theta, frozen, step if update else None, rate, pull * rate))
+        P = torch.exp2(torch.randn_like(theta)) if divisor and pull else None
+        made.append(Step(theta, frozen, step if update else None, rate, pull * rate, P))
     return made
 
 
@@ -36,6 +37,8 @@ def slow_and_right(step):
     if step.update is not None:
         theta = theta + step.factor * step.update.double() * (1 - 2 ** (-SCALE * bits))
     strength = step.pull * step.frozen.prior * step.frozen.information.double()
+    if step.divisor is not None:
+        strength = strength / step.divisor.double()
     theta = theta + (step.frozen.anchor(torch.float64) - theta) * strength / (1 + strength)
     return theta.clamp(*step.frozen.limits(torch.float64))
 
@@ -44,8 +47,9 @@ def slow_and_right(step):
 @pytest.mark.parametrize("pull", [0.0, 3.0])
 @pytest.mark.parametrize("cell", ["strict", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_is_the_formulas(dtype, cell, pull, update):
-    made = steps([(4, 5), (), (7,), (0,)], cell, dtype, update=update, pull=pull)
+@pytest.mark.parametrize("divisor", [False, True])
+def test_it_is_the_formulas(divisor, dtype, cell, pull, update):
+    made = steps([(4, 5), (), (7,), (0,)], cell, dtype, update=update, pull=pull, divisor=divisor)
     expected = [slow_and_right(step) for step in made]
     for theta, right in zip(held_back(made), expected, strict=True):
         torch.testing.assert_close(theta.double(), right, rtol=1e-6, atol=1e-6)

@@ -102,8 +102,6 @@ def test_a_record_says_what_was_run(runner):
     first, second = record["used_capacity"]
     assert 0 < first <= second <= 1
     assert record["bytes_per_parameter"] == 6.0
-    before, after = (row[1] for row in record["R"])
-    assert before < 50 < after
 
 
 def test_it_tells_where_it_is_and_the_mean_over_seeds(runner, capsys):
