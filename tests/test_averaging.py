@@ -90,18 +90,18 @@ def test_the_weights_stay_as_they_are(how):
         torch.testing.assert_close(end, last, atol=2e-6, rtol=0)
 
 
-def test_a_fit_resumed_within_the_averaged_epoch_ends_as_the_unbroken_one(tmp_path):
+def test_a_fit_resumed_within_the_averaged_epochs_ends_as_the_unbroken_one(tmp_path):
     def parts():
         torch.manual_seed(1)
-        return Net(), BLIP(every=1), pairs(seed=7, epochs_per_task=5)
+        return Net(), BLIP(every=1), pairs(seed=7, epochs_per_task=10)
 
     whole, blip, tasks = parts()
-    checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = pl.Trainer(**{**QUIET, "callbacks": [blip, checkpoint], "enable_checkpointing": True})
     trainer.fit(whole, datamodule=tasks)
-    # Five epochs of three batches a task: the second task's last epoch begins with step 28.
-    path = tmp_path / "step=29.ckpt"
-    assert torch.load(path, weights_only=True)["callbacks"]["BLIP"]["mean"]["count"] == 2
+    # The last two epochs of ten are averaged, each of three steps; this is the ninth of the second task.
+    path = tmp_path / "epoch=18.ckpt"
+    assert torch.load(path, weights_only=True)["callbacks"]["BLIP"]["mean"]["count"] == 3
     module, second, tasks = parts()
     pl.Trainer(**QUIET, callbacks=[second]).fit(module, datamodule=tasks, ckpt_path=path)
     for name, value in whole.state_dict().items():
