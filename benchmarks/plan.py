@@ -108,6 +108,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "cpu": (
         Part("split_mnist"),
         Part("split_mnist_domain"),
+        # To check baselines against published figures.
+        Part("split_mnist_domain_drawn", methods=("finetune", "ewc", "si", "lwf", "joint")),
         Part("split_fashion"),
         Part("rotated_mnist"),
         Part("permuted_mnist"),
