@@ -24,7 +24,8 @@ class KroneckerBits(Paced):
     turns at each boundary. Bits and precisions follow from the eigenvalues: they take no memory.
 
     Beside the anchor it holds in² + out² numbers, however many tasks; with a ``rank``, at most
-    rank·(in + out): the directions that matter least are then left free.
+    rank·(in + out): of the directions that matter least only the mean of their eigenvalues is kept, by which
+    they are pulled as if they were all alike; they have no cells.
 
     Attributes:
         anchor: θ*, the matrix right after the last boundary.
@@ -36,6 +37,8 @@ class KroneckerBits(Paced):
         bound: B.
         max_bits: N.
         rank: The largest k and l; None for all.
+        input_rest: ᾱ, the mean eigenvalue of the inputs' directions that are not kept.
+        output_rest: γ̄, that of the outputs'.
         tasks: t, how many were consolidated.
         total: See :class:`Paced`, as for the other two.
         steps: Steps.
@@ -64,6 +67,8 @@ class KroneckerBits(Paced):
     bound: float
     max_bits: int = LARGEST_MAX_BITS
     rank: int | None = None
+    input_rest: float = 0.0
+    output_rest: float = 0.0
     tasks: int = 0
     total: int = 0
     steps: int = 0
@@ -112,10 +117,6 @@ class KroneckerBits(Paced):
         """How far each coordinate may be from 0, (l, k)."""
         return self.bound * torch.exp2(-self.bits.to(self.anchor.dtype))
 
-    def coordinates(self, theta: Tensor) -> Tensor:
-        """ω of a matrix, (l, k)."""
-        return self.output_basis.T @ (theta - self.anchor) @ self.input_basis
-
     def hold_back(self, parameters: Sequence[Tensor], pull: float) -> None:
         """Pulls a layer and keeps it in its cells, in place.
 
@@ -139,10 +140,17 @@ class KroneckerBits(Paced):
         Returns:
             Another.
         """
-        omega = self.coordinates(theta)
-        width = self.width
-        held = (omega / (1 + pull * self.information)).clamp(-width, width)
-        return theta - self.output_basis @ (omega - held) @ self.input_basis.T
+        delta, U_G, U_A, width = theta - self.anchor, self.output_basis, self.input_basis, self.width
+        along_outputs = U_G.T @ delta
+        omega = along_outputs @ U_A
+        removed = omega - (omega / (1 + pull * self.information)).clamp(-width, width)
+        if self._is_whole:
+            return theta - U_G @ removed @ U_A.T
+        # s/(1 + s) of what lies along kept outputs alone, along kept inputs alone, and along neither.
+        outputs, inputs, rest = (1 - 1 / (1 + pull * one) for one in self._information_of_rest)
+        inside = (removed - rest * omega) @ U_A.T + (outputs - rest) * (along_outputs - omega @ U_A.T)
+        outside = (inputs - rest) * (delta @ U_A - U_G @ omega) @ U_A.T
+        return theta - U_G @ inside - outside - rest * delta
 
     def consolidate(self, theta: Tensor, factors: Factors) -> Tensor:
         """Adds what a task told, and anchors the matrix where it is.
@@ -155,28 +163,56 @@ class KroneckerBits(Paced):
             The information gain of each coordinate of the new basis, in bits; what was known before is
             turned into the new basis as well.
         """
-        before = (self.input_basis, self.input_values, self.output_basis, self.output_values)
-        self.input_basis, self.input_values = self._eigen(self.input_basis, self.input_values, factors.A)
-        self.output_basis, self.output_values = self._eigen(self.output_basis, self.output_values, factors.G)
+        of_input = (self.input_basis, self.input_values, self.input_rest)
+        of_output = (self.output_basis, self.output_values, self.output_rest)
+        self.input_basis, self.input_values, self.input_rest = _sum(*of_input, factors.A, self.rank)
+        self.output_basis, self.output_values, self.output_rest = _sum(*of_output, factors.G, self.rank)
         known = torch.outer(
-            _turned(*before[2:], self.output_basis), _turned(*before[:2], self.input_basis)
+            _turned(*of_output, self.output_basis), _turned(*of_input, self.input_basis)
         ) / max(self.tasks, 1)
         self.tasks += 1
         self.total = 0
         self.anchor = theta.detach().clone()
         return information_gain(self.precision, self.prior + known)
 
-    def _eigen(self, basis: Tensor, values: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """The basis and values of the sum of what was known and a new factor, the largest first."""
-        old = basis.double()
-        values, vectors = torch.linalg.eigh(old * values.double() @ old.T + factor.double())
-        kept = slice(-min(self.rank or len(values), len(values)), None)
-        largest_first = values[kept].flip(0).clamp(min=0)
-        return vectors[:, kept].flip(1).to(basis), largest_first.to(basis)
+    def strain(self, theta: Tensor) -> tuple[float, int]:
+        """What a matrix costs the tasks learned, and how much of it is held back.
 
-    def predicted_forgetting(self, omega: Tensor) -> Tensor:
-        """½·Σ (S − S_0)·ω²/t: what coordinates cost the tasks learned, on average, in nats a sample."""
-        return 0.5 * (self.information * omega.square()).sum() / max(self.tasks, 1)
+        Args:
+            theta: The matrix.
+
+        Returns:
+            ½·Σ (S − S_0)·ω²/t, on average over the tasks, in nats a sample; and how many coordinates lie at,
+            or beyond, the walls of cells with frozen bits.
+        """
+        delta = theta - self.anchor
+        along_outputs = self.output_basis.T @ delta
+        omega = along_outputs @ self.input_basis
+        cost = (self.information * omega.square()).sum()
+        if not self._is_whole:
+            along_inputs = delta @ self.input_basis
+            outputs, inputs, rest = self._information_of_rest
+            of_outputs = along_outputs.square().sum(1) - omega.square().sum(1)
+            of_inputs = along_inputs.square().sum(0) - omega.square().sum(0)
+            of_rest = delta.square().sum() - omega.square().sum() - of_outputs.sum() - of_inputs.sum()
+            cost += (outputs[:, 0] * of_outputs).sum() + (inputs * of_inputs).sum() + rest * of_rest
+        at_walls = (self.bits > 0) & (omega.abs() >= self.width)
+        return 0.5 * float(cost) / max(self.tasks, 1), int(at_walls.sum())
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all directions are kept."""
+        return self.input_rest == self.output_rest == 0.0
+
+    @property
+    def _information_of_rest(self) -> tuple[Tensor, Tensor, float]:
+        """S − S_0 along kept outputs and no kept input, (l, 1), the reverse, (k,), and along neither."""
+        t = max(self.tasks, 1)
+        return (
+            self.output_values[:, None] * (self.input_rest / t),
+            self.input_values * (self.output_rest / t),
+            self.output_rest * self.input_rest / t,
+        )
 
     def to(self, device: torch.device) -> KroneckerBits:
         """The same state on a device."""
@@ -206,6 +242,18 @@ def as_matrix(parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([weight.flatten(1), *(theta.unsqueeze(1) for theta in bias)], dim=1)
 
 
-def _turned(basis: Tensor, values: Tensor, new_basis: Tensor) -> Tensor:
-    """The diagonal, in a new basis, of what has these eigenvalues in an old one."""
-    return (new_basis.T @ basis).square() @ values
+def _sum(
+    basis: Tensor, values: Tensor, rest: float, factor: Tensor, rank: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """Eigenvectors and values of what was known and a new factor, the largest first, and the rest's mean."""
+    old = basis.double()
+    known = old * (values.double() - rest) @ old.T + rest * torch.eye(len(old), device=old.device)
+    found, vectors = torch.linalg.eigh(known + factor.double())
+    largest_first = found.flip(0).clamp(min=0)
+    kept, left = largest_first[:rank], largest_first[rank or len(found) :]
+    return vectors.flip(1)[:, :rank].to(basis), kept.to(basis), float(left.mean()) if len(left) else 0.0
+
+
+def _turned(basis: Tensor, values: Tensor, rest: float, new_basis: Tensor) -> Tensor:
+    """The diagonal, in a new basis, of what has these eigenvalues in an old one, and one for all the rest."""
+    return rest + (new_basis.T @ basis).square() @ (values - rest)

@@ -206,9 +206,9 @@ class FrozenNetwork:
             count += int(((frozen.bits > 0) & ((theta <= low) | (theta >= high))).sum())
             forgotten += float(frozen.predicted_forgetting(theta))
         for name, layer in self.layers.items():
-            omega = layer.coordinates(as_matrix(self._of_layer(own, name)))
-            count += int(((layer.bits > 0) & (omega.abs() >= layer.width)).sum())
-            forgotten += float(layer.predicted_forgetting(omega))
+            cost, at_walls = layer.strain(as_matrix(self._of_layer(own, name)))
+            forgotten += cost
+            count += at_walls
         return forgotten, count
 
     def drifted(self, module: nn.Module) -> int:
