@@ -308,8 +308,10 @@ class BLIP(pl.Callback):
             >>> blip.predicted_forgetting(network) > before
             True
         """
-        self._attach(module)
-        return self._network.strain(module)[0] if self.tasks_learned else 0.0
+        if not self.tasks_learned:
+            return 0.0
+        self._network.attach(module, self._tracked(module))
+        return self._network.strain(module)[0]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out early whether it can work with the module."""

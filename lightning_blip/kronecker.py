@@ -247,8 +247,9 @@ def _sum(
 ) -> tuple[Tensor, Tensor, float]:
     """Eigenvectors and values of what was known and a new factor, the largest first, and the rest's mean."""
     old = basis.double()
-    known = old * (values.double() - rest) @ old.T + rest * torch.eye(len(old), device=old.device)
-    found, vectors = torch.linalg.eigh(known + factor.double())
+    total = old * (values.double() - rest) @ old.T + factor.double()
+    total.diagonal().add_(rest)
+    found, vectors = torch.linalg.eigh(total)
     largest_first = found.flip(0).clamp(min=0)
     kept, left = largest_first[:rank], largest_first[rank or len(found) :]
     return vectors.flip(1)[:, :rank].to(basis), kept.to(basis), float(left.mean()) if len(left) else 0.0

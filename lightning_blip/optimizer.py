@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -173,7 +173,8 @@ class FrozenBitsOptimizer(Optimizer):
             if one.tasks and not one.outdated
         ]
         hold_back_all(steps, self.scale)
-        self._hold_back_layers(now=True)
+        for parameters, frozen, group in self._layers_here():
+            self._hold_back_layer(parameters, frozen, group, frozen.collected())
 
     def unwrap(self) -> Optimizer:
         """Takes the freezing off again.
@@ -228,7 +229,9 @@ class FrozenBitsOptimizer(Optimizer):
             torch._foreach_minimum_(thetas, high)
         hold_back_all(steps, self.scale)
         if self.layers:
-            self._hold_back_layers()
+            for parameters, frozen, group in self._layers_here():
+                rate = frozen.due(effective_rate(group), self.every)
+                self._hold_back_layer(parameters, frozen, group, rate)
         for one in protected:
             if not one.tasks:  # only the bound holds it
                 one.frozen.due(0.0, self.every)
@@ -250,17 +253,20 @@ class FrozenBitsOptimizer(Optimizer):
         P = preconditioner(self.optimizer, one.theta, one.group) if pull else None
         return Step(one.theta, one.frozen, update, factor, pull, P, seldom=pull > 0 and self.every > 1)
 
-    def _hold_back_layers(self, now: bool = False) -> None:
+    def _layers_here(self) -> Iterator[tuple[tuple[Tensor, ...], KroneckerBits, dict[str, Any]]]:
+        """The layers whose weight this optimizer steps, each with its group."""
         groups = {theta: group for group in self.optimizer.param_groups for theta in group["params"]}
         for parameters, frozen in self.layers.items():
-            weight = parameters[0]
-            if weight not in groups:
-                continue
-            rate = frozen.collected() if now else frozen.due(effective_rate(groups[weight]), self.every)
-            if rate and frozen.tasks:
-                P = preconditioner(self.optimizer, weight, groups[weight])
-                mean = 1.0 if P is None else float(P.square().mean().sqrt())
-                frozen.hold_back(parameters, self.pull * rate / max(mean, 1e-30))
+            if parameters[0] in groups:
+                yield parameters, frozen, groups[parameters[0]]
+
+    def _hold_back_layer(
+        self, parameters: tuple[Tensor, ...], frozen: KroneckerBits, group: dict[str, Any], rate: float
+    ) -> None:
+        if rate and frozen.tasks:
+            P = preconditioner(self.optimizer, parameters[0], group) if self.pull else None
+            mean = 1.0 if P is None else float(P.square().mean().sqrt())
+            frozen.hold_back(parameters, self.pull * rate / max(mean, 1e-30))
 
     def _mask_gradients(self) -> None:
         for one in self._protected or ():

@@ -391,6 +391,19 @@ def test_looking_back_never_costs_what_is_being_learned():
     assert same(statistics(network), third)
 
 
+def test_asking_what_is_forgotten_leaves_the_statistics_in_place_that_are_shown():
+    network = nn.Sequential(nn.BatchNorm1d(8), TaskHeads(8, classes=[6, 6]))
+    blip = BLIP()
+    for shift in (0.0, 3.0):
+        for x, _ in loader(shift):
+            network(x)
+        blip.consolidate(network, loader(shift))
+    blip.use_task(network, 0)
+    shown = statistics(network)
+    blip.predicted_forgetting(network)
+    assert same(statistics(network), shown)
+
+
 def test_use_task_makes_the_head_active_and_refuses_tasks_that_are_not_there():
     blip = BLIP()
     network = nn.Sequential(plain(), TaskHeads(6, classes=[6, 6]))
