@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -96,6 +96,6 @@ class _SwitchHeads(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        for part in pl_module.modules():
-            if isinstance(part, TaskHeads):
-                part.active = self._order.tasks[batch_idx]
+        head = cast(Classifier, pl_module).head
+        if isinstance(head, TaskHeads):
+            head.active = self._order.tasks[batch_idx]

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.machine import machine
-from benchmarks.memory import peak_bytes
-from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vit
+from benchmarks.markdown import markdown_table
+from benchmarks.memory import held_bytes, peak_bytes
+from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vit, vit_small
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP
 from lightning_blip.bits import FrozenBits
@@ -116,7 +117,7 @@ VIT = Case(
 )
 # As they are trained on a GPU.
 LARGE_RESNET = replace(RESNET, samples=1_024, batch_size=128, step_batch_size=128, steps=40, every=10)
-LARGE_VIT = replace(LARGE_RESNET, name="ViT-S", make=partial(vit, dim=384, depth=12, heads=6))
+LARGE_VIT = replace(LARGE_RESNET, name="ViT-S", make=vit_small)
 
 
 def _plain(network: nn.Module, batches: Batches) -> None:
@@ -301,9 +302,7 @@ def kept(case: Case, variants: Sequence[Options]) -> list[str]:
     for options in variants:
         network, blip = case.make(), BLIP(**options)
         blip.consolidate(network, case.batches(case.batch_size, case.batch_size, "cpu"))
-        held = (value for state in _states(blip, network) for value in vars(state).values())
-        bytes_held = sum(value.nbytes for value in held if isinstance(value, Tensor))
-        row.append(f"{bytes_held / parameters:.2f}")
+        row.append(f"{held_bytes(blip, network) / parameters:.2f}")
     return row
 
 
@@ -414,8 +413,7 @@ def _print(comparison: Comparison, markdown: bool) -> None:
     title, header, rows = comparison
     if markdown:
         print(f"\n{title}\n")
-        for cells in (header, ["---"] * len(header), *rows):
-            print(f"| {' | '.join(cells)} |")
+        print(markdown_table(header, rows))
         return
     table = Table(*header, title=title)
     for cells in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,12 +49,11 @@ class Entry:
 
     def left(self, out: Path) -> list[Job]:
         """What can be done next: those runs of the search, or else of the seeds, that have no record."""
-        search = [job for job in self.search if not job.path(out).exists()]
-        return search or [job for job in self.seeds_of_best(out) if not job.path(out).exists()]
+        return _without_record(self.search, out) or _without_record(self.seeds_of_best(out), out)
 
     def epochs_left(self, out: Path) -> int:
         """How many epochs are still to be trained, over all runs that have no record."""
-        search = [job for job in self.search if not job.path(out).exists()]
+        search = _without_record(self.search, out)
         whole = self.seeds if search else len(self.left(out))
         return sum(job.epochs for job in search) + whole * self.protocol.tasks * self.protocol.epochs
 
@@ -73,6 +73,10 @@ class Job:
     def path(self, out: Path) -> Path:
         """Where its record lies."""
         return self.run.path(out, self.seed)
+
+
+def _without_record(jobs: Sequence[Job], out: Path) -> list[Job]:
+    return [job for job in jobs if not job.path(out).exists()]
 
 
 @dataclass(frozen=True)

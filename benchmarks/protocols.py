@@ -202,6 +202,18 @@ _PERMUTED_HEADS = Protocol(
     batch_size=64,
     source=_PAPER.format("network, SGD 0.01, batch 64", "a share", 5),
 )
+_FIVE_SETS = Protocol(
+    "five_sets",
+    "CIFAR-10, notMNIST, MNIST, SVHN and Fashion-MNIST in an order drawn from the seed, a head each, "
+    "AlexNet of width x0.8, SGD 0.05, batch 32, 30 epochs a task",
+    make_tasks=_five_sets,
+    network=_with_heads(partial(alexnet, 0.8), 1638, 10),
+    optimizer=partial(SGD, lr=0.05),
+    tasks=5,
+    epochs=30,
+    batch_size=32,
+    source=_PAPER.format("order, images, network, SGD 0.05, batch 32", "15 %", 30),
+)
 _MINI_IMAGENET = Protocol(
     "mini_imagenet_alexnet",
     "mini-ImageNet in 20 tasks of 5 classes drawn from the seed, a head each, AlexNet for 84x84, SGD 0.01, "
@@ -311,16 +323,14 @@ PROTOCOLS = {
             batch_size=32,
             source="the paper's AlexNet, images, rate and batch; our choice of tasks and epochs",
         ),
-        Protocol(
-            "three_sets",
-            "MNIST, Fashion-MNIST and CIFAR-10, a head each, AlexNet of width x0.8, SGD 0.05, batch 32, "
-            "5 epochs a task",
+        replace(
+            _FIVE_SETS,
+            name="three_sets",
+            description="MNIST, Fashion-MNIST and CIFAR-10, a head each, AlexNet of width x0.8, SGD 0.05, "
+            "batch 32, 5 epochs a task",
             make_tasks=_three_sets,
-            network=_with_heads(partial(alexnet, 0.8), 1638, 10),
-            optimizer=partial(SGD, lr=0.05),
             tasks=3,
             epochs=5,
-            batch_size=32,
             source="three of the sets of five_sets, learned as there; our choice of order and epochs",
         ),
         Protocol(
@@ -341,18 +351,7 @@ PROTOCOLS = {
             + ", strictly by turns, where the loader of UCB, which the code builds on, draws the order of "
             "the ten from the seed",
         ),
-        Protocol(
-            "five_sets",
-            "CIFAR-10, notMNIST, MNIST, SVHN and Fashion-MNIST in an order drawn from the seed, a head each, "
-            "AlexNet of width x0.8, SGD 0.05, batch 32, 30 epochs a task",
-            make_tasks=_five_sets,
-            network=_with_heads(partial(alexnet, 0.8), 1638, 10),
-            optimizer=partial(SGD, lr=0.05),
-            tasks=5,
-            epochs=30,
-            batch_size=32,
-            source=_PAPER.format("order, images, network, SGD 0.05, batch 32", "15 %", 30),
-        ),
+        _FIVE_SETS,
         _MINI_IMAGENET,
         replace(
             _MINI_IMAGENET,

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from benchmarks.markdown import markdown_table
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
 from benchmarks.protocols import PROTOCOLS
@@ -140,12 +141,6 @@ def row_of(entry: Entry, folder: Path) -> Row | None:
     paths = [job.path(folder) for job in entry.seeds_of_best(folder)]
     records = [Record.read(path) for path in paths if path.exists()]
     return Row(entry.method, records) if records else None
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def verdict(rows: Sequence[Row]) -> str:

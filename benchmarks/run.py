@@ -287,9 +287,8 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
         The method on its stream, and all options.
     """
     parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
-    parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files of the data")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of what comes out")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tasks", type=int, help="fewer or more than the stream has")
     parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
     parser.add_argument(
@@ -322,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, …")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
 
 

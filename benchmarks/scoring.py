@@ -6,29 +6,28 @@ import torch
 
 from benchmarks.networks import Classifier
 from lightning_blip import TaskHeads
+from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.streams import MappedDataset, Task
 
 _BATCH_SIZE = 2_000
 
 
-@torch.no_grad()
 def accuracy(module: Classifier, task: Task) -> float:
     """The share of a task's validation samples that a network tells right, with the task's own head.
 
     Args:
-        module: The network; its mode and its active head stay as they are.
+        module: The network, which is left as it was.
         task: With samples that are held in memory.
 
     Returns:
         0 to 1.
     """
-    samples, mode, head = task.val, module.training, module.head
+    samples, head = task.val, module.head
     assert isinstance(samples, MappedDataset)
-    module.eval()
     layer = head.heads[task.index] if isinstance(head, TaskHeads) else head
     right = 0
-    for indices in torch.arange(len(samples)).split(_BATCH_SIZE):
-        x, y = (part.to(module.device) for part in samples.batch(indices))
-        right += int((layer(module.body(x)).argmax(1) == y).sum())
-    module.train(mode)
+    with left_as_before(module, module.device, wanted=()):
+        for indices in torch.arange(len(samples)).split(_BATCH_SIZE):
+            x, y = (part.to(module.device) for part in samples.batch(indices))
+            right += int((layer(module.body(x)).argmax(1) == y).sum())
     return right / len(samples)

@@ -42,7 +42,8 @@ class Suite:
         self.processes = processes
         self.failed: dict[Path, BaseException] = {}
         self._running: dict[Future[None], Job] = {}
-        self._where: dict[str, tuple[str, float]] = {}
+        self._where: dict[Path, tuple[str, float]] = {}
+        self._look()
 
     def run(self) -> None:
         """Runs everything that has no record yet."""
@@ -56,11 +57,11 @@ class Suite:
             ) as pool,
             Live(console=console, auto_refresh=False, transient=True) as live,
         ):
-            told: Queue[tuple[str, str, float]] = manager.Queue()
+            told: Queue[tuple[Path, str, float]] = manager.Queue()
             while self._start(pool, told):
                 done, _ = wait(self._running, timeout=1.0, return_when=FIRST_COMPLETED)
-                for key, where, share in _drained(told):
-                    self._where[key] = (where, share)
+                for path, where, share in _drained(told):
+                    self._where[path] = (where, share)
                     if not console.is_terminal:
                         console.print(f"[{self.time_left()} left] {where}", soft_wrap=True, markup=False)
                 for future in done:
@@ -69,33 +70,43 @@ class Suite:
 
     def time_left(self) -> str:
         """How long the rest will take, by what such epochs took so far."""
-        seconds = 0.0
-        for entry in self.planned:
-            rate = _seconds_an_epoch(self.out, entry.protocol.name)
-            if rate is None and entry.epochs_left(self.out):
-                return "an unknown time"
-            seconds += (rate or 0.0) * entry.epochs_left(self.out)
+        epochs = self._epochs_left.copy()
         for job in self._running.values():
-            _, share = self._where.get(str(job.path(self.out)), ("", 0.0))
-            seconds -= share * job.epochs * (_seconds_an_epoch(self.out, job.run.protocol.name) or 0.0)
+            _, share = self._where.get(job.path(self.out), ("", 0.0))
+            epochs[job.run.protocol.name] -= share * job.epochs
+        seconds = 0.0
+        for stream, count in epochs.items():
+            rate = self._seconds_an_epoch[stream]
+            if rate is None and count:
+                return "an unknown time"
+            seconds += count * (rate or 0.0)
         minutes = round(seconds / self.processes / 60)
         return f"{minutes // 60} h {minutes % 60:02} min"
 
-    def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[str, str, float]]) -> bool:
+    def _look(self) -> None:
+        """Takes in the records, which change only when a run ends."""
+        self._ready = [job for entry in self.planned for job in entry.left(self.out)]
+        self._epochs_left = dict.fromkeys((entry.protocol.name for entry in self.planned), 0.0)
+        for entry in self.planned:
+            self._epochs_left[entry.protocol.name] += entry.epochs_left(self.out)
+        self._seconds_an_epoch = {stream: _seconds_an_epoch(self.out, stream) for stream in self._epochs_left}
+
+    def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[Path, str, float]]) -> bool:
         """Starts as many runs as there is room for; says whether any is under way."""
         busy = {*(job.path(self.out) for job in self._running.values()), *self.failed}
-        for job in (job for entry in self.planned for job in entry.left(self.out)):
-            if len(self._running) < self.processes and job.path(self.out) not in busy:
-                arguments = (job, self.data, self.out, self.device, told)
-                self._running[pool.submit(_work, *arguments)] = job
+        free = [job for job in self._ready if job.path(self.out) not in busy]
+        for job in free[: self.processes - len(self._running)]:
+            arguments = (job, self.data, self.out, self.device, told)
+            self._running[pool.submit(_work, *arguments)] = job
         return bool(self._running)
 
     def _end(self, future: Future[None]) -> None:
-        job = self._running.pop(future)
-        self._where.pop(str(job.path(self.out)), None)
+        path = self._running.pop(future).path(self.out)
+        self._where.pop(path, None)
         error = future.exception()
         if error is not None:
-            self.failed[job.path(self.out)] = error
+            self.failed[path] = error
+        self._look()
 
     def _table(self) -> Table:
         """What is under way."""
@@ -105,12 +116,12 @@ class Suite:
         return table
 
 
-def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[str, str, float]]) -> None:
-    key = str(job.path(out))
-    job.run.record(data, out, job.seed, device, lambda where, share: told.put((key, where, share)))
+def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[Path, str, float]]) -> None:
+    path = job.path(out)
+    job.run.record(data, out, job.seed, device, lambda where, share: told.put((path, where, share)))
 
 
-def _drained(told: Queue[tuple[str, str, float]]) -> Iterator[tuple[str, str, float]]:
+def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
     while not told.empty():
         yield told.get()
 

@@ -42,17 +42,18 @@ class LwF(pl.Callback):
         check_strengths(strength=strength)
         self.strength = strength
         self.temperature = temperature
-        self._learned: dict[str, Tensor] = {}
         self._teacher: nn.ModuleList | None = None
+        self._saved: dict[str, Tensor] = {}  # what a checkpoint holds of a teacher that is yet to be made
         self._tasks = 0
         self._inputs = torch.empty(0)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Makes the copy, if there is something to remember."""
+        """Makes the copy that a checkpoint brought, if one did."""
         self._tasks = task.index
-        if self._learned:
-            self._teacher = deepcopy(_parts(pl_module)).eval().requires_grad_(False)
-            self._teacher.load_state_dict(self._learned)
+        if self._saved:
+            self._teacher = _frozen_copy(pl_module)
+            self._teacher.load_state_dict(self._saved)
+            self._saved = {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -77,15 +78,15 @@ class LwF(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Keeps the network as it is now."""
-        self._learned = {name: value.clone() for name, value in _parts(pl_module).state_dict().items()}
+        self._teacher = _frozen_copy(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The network after the last task: goes into every checkpoint."""
-        return {"learned": self._learned}
+        return {"learned": self._saved if self._teacher is None else self._teacher.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what was saved."""
-        self._learned = state_dict["learned"]
+        self._saved = state_dict["learned"]
 
 
 def old_logits(parts: nn.ModuleList, x: Tensor, tasks: int) -> list[Tensor]:
@@ -124,3 +125,7 @@ def distillation(logits: Sequence[Tensor], targets: Sequence[Tensor], temperatur
 def _parts(pl_module: pl.LightningModule) -> nn.ModuleList:
     classifier = cast(Classifier, pl_module)
     return nn.ModuleList([classifier.body, classifier.head])
+
+
+def _frozen_copy(pl_module: pl.LightningModule) -> nn.ModuleList:
+    return deepcopy(_parts(pl_module)).eval().requires_grad_(False)

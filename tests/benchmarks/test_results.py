@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import plan, results, suite
+from benchmarks import results, suite
 from benchmarks.plan import Entry, Job, Part
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.record import Record
@@ -88,14 +88,18 @@ def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_
     assert f"(within 1: {verdict})" in line
 
 
-def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(
-    data, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def part(tmp_path, monkeypatch):
+    """All that is planned, in a folder of its own."""
     part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
-    for module in (plan, suite, results):
+    for module in (suite, results):
         monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
+    return part
+
+
+def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, data, tmp_path, capsys):
     first, second = (entry.seeds_of_best(tmp_path)[0] for entry in part.entries)
     out = tmp_path / "records"
     write(out, second, 88.0, bwt=None)
@@ -109,12 +113,8 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(
     assert "| joint training | 1 | 88.00 | – |" in (tmp_path / "benchmarks" / "RESULTS.md").read_text()
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
-    part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
-    for module in (plan, suite, results):
-        monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "benchmarks").mkdir()
+@pytest.mark.usefixtures("part")
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         suite.main(["--data", str(tmp_path), "--out", "records", "--processes", "2"])
     said = capsys.readouterr().out
