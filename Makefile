@@ -1,5 +1,6 @@
 PYTHON ?= python3
 DATA ?= data
+TABLE ?= cpu
 BIN := .venv/bin
 
 .PHONY: demo test benchmarks clean
@@ -13,9 +14,10 @@ test: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-# All methods on all streams; DATA is the folder of the data sets. Goes on where it was broken off.
+# All methods on all streams of a table (cpu, long or cuda); DATA is the folder of the data sets. Goes on where it was
+# broken off.
 benchmarks: .venv/.ready
-	$(BIN)/python -m benchmarks.suite --data $(DATA)
+	$(BIN)/python -m benchmarks.suite --data $(DATA) --table $(TABLE)
 
 # torch first, by its pinned version: nothing that is installed later may bring another build along. Nor may
 # torchvision come with BackPACK or timm, since one built for another torch breaks the import of torchmetrics.

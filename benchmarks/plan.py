@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS, Protocol
@@ -21,20 +22,19 @@ class Entry:
     """A method on a stream: a search for its setting, if it has one, and then a run for each seed.
 
     Attributes:
-        protocol: The stream.
+        part: The stream.
         method: Name of the method.
-        seeds: How many: 0, 1, …
     """
 
-    protocol: Protocol
+    part: Part
     method: str
-    seeds: int
 
     @property
     def search(self) -> list[Job]:
         """Runs of the first tasks, one for each value of the setting."""
         method = METHODS[self.method]
-        first = replace(self.protocol, tasks=min(_SEARCH_TASKS, self.protocol.tasks))
+        searched = (self.part.searched_on or self.part).protocol
+        first = replace(searched, tasks=min(_SEARCH_TASKS, searched.tasks))
         return [Job(Run(first, self.method, {str(method.setting): value}), 0) for value in method.values]
 
     def seeds_of_best(self, out: Path) -> list[Job]:
@@ -44,18 +44,20 @@ class Entry:
             out: Folder of the records, those of the search among them.
         """
         best = max(self.search, key=lambda job: Record.read(job.path(out)).ACC, default=None)
-        run = Run(self.protocol, self.method, best.run.settings if best else {})
-        return [Job(run, seed) for seed in range(self.seeds)]
+        return self._seeds(best.run.settings if best else {})
 
     def left(self, out: Path) -> list[Job]:
         """What can be done next: those runs of the search, or else of the seeds, that have no record."""
         return _without_record(self.search, out) or _without_record(self.seeds_of_best(out), out)
 
-    def epochs_left(self, out: Path) -> int:
-        """How many epochs are still to be trained, over all runs that have no record."""
+    def to_come(self, out: Path) -> list[Job]:
+        """All runs that have no record; those of the seeds without a setting until the search is over."""
         search = _without_record(self.search, out)
-        whole = self.seeds if search else len(self.left(out))
-        return sum(job.epochs for job in search) + whole * self.protocol.tasks * self.protocol.epochs
+        return [*search, *self._seeds({})] if search else self.left(out)
+
+    def _seeds(self, settings: dict[str, Any]) -> list[Job]:
+        run = Run(self.part.protocol, self.method, settings)
+        return [Job(run, seed) for seed in range(self.part.seeds)]
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,16 @@ class Part:
         seeds: How many.
         epochs: Of each task, if not the stream's own.
         methods: Their names.
+        searched_on: The part whose first tasks the settings are searched on, if not this one.
+        behind: Why another method is ahead of BLIP, where one is.
     """
 
     stream: str
     seeds: int = 3
     epochs: int | None = None
     methods: tuple[str, ...] = _COMPARED
+    searched_on: Part | None = None
+    behind: str = ""
 
     @property
     def protocol(self) -> Protocol:
@@ -104,10 +110,14 @@ class Part:
     @property
     def entries(self) -> list[Entry]:
         """A method each."""
-        return [Entry(self.protocol, method, self.seeds) for method in self.methods]
+        return [Entry(self, method) for method in self.methods]
 
 
-#: All parts of the results, by the device that they are made for.
+_CIFAR10 = Part("split_cifar10")
+_CIFAR10_SHORT = Part("split_cifar10", seeds=1, epochs=1)
+
+#: All parts of the results, by table: what two cores learn in three hours, what takes them longer, and what
+#: takes a GPU.
 PARTS: dict[str, tuple[Part, ...]] = {
     "cpu": (
         Part("split_mnist"),
@@ -117,11 +127,15 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part("split_fashion"),
         Part("rotated_mnist"),
         Part("permuted_mnist"),
-        Part("permuted_mnist_20", methods=("blip-kronecker",)),
-        Part("permuted_mnist_heads"),
-        Part("permuted_mnist_heads_adam", seeds=1, methods=("finetune", "blip", "blip-kronecker")),
-        Part("split_cifar10", seeds=1, epochs=2),
-        Part("three_sets", seeds=1, epochs=1),
+        Part("permuted_mnist_heads", epochs=1),
+        _CIFAR10_SHORT,
+        # On three tasks a search would be all there is.
+        Part("three_sets", seeds=1, epochs=1, searched_on=_CIFAR10_SHORT),
     ),
-    "cuda": (Part("split_cifar10"), Part("three_sets")),
+    "long": (
+        Part("permuted_mnist_20", methods=("blip-kronecker",)),
+        Part("permuted_mnist_heads", methods=("finetune", "blip", "blip-kronecker")),
+        Part("permuted_mnist_heads_adam", seeds=1, methods=("finetune", "blip", "blip-kronecker")),
+    ),
+    "cuda": (_CIFAR10, Part("three_sets", searched_on=_CIFAR10)),
 }

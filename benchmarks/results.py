@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from benchmarks.markdown import markdown_table
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
-from benchmarks.protocols import PROTOCOLS
 from benchmarks.record import Record
 from benchmarks.run import spread
 
@@ -25,10 +24,15 @@ _BASES = ("blip", "blip-kronecker")
 # Okabe and Ito's colours, which colour-blind people can tell apart; a method keeps its own in every picture.
 _COLOURS = ("#999999", "#F0E442", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#000000")
 _MAPS_A_ROW = 5
+_TABLES = {
+    "cpu": ("On two cores", "make benchmarks DATA=DIR"),
+    "long": ("On two cores, longer", "make benchmarks DATA=DIR TABLE=long"),
+    "cuda": ("On a GPU", "make benchmarks DATA=DIR TABLE=cuda"),
+}
 _HEAD = """# Results
 
 Written by `python -m benchmarks.results` from the files in `benchmarks/records`, one for each run: no figure
-is typed by hand but the published ones. `make benchmarks DATA=DIR` makes the records.
+is typed by hand but the published ones.
 
 - **ACC**, **BWT**, **FWT**: average score after the last task, backward transfer over the T − 1 tasks before
   it, forward transfer (the score on a task right before it is learned, less that of the untrained network);
@@ -38,7 +42,7 @@ is typed by hand but the published ones. `make benchmarks DATA=DIR` makes the re
 - **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
 - Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
   defaults. Every other method has its one main setting searched, on the first three tasks of seed 0, over
-  four values.
+  four values; on `three_sets` it is what was found on `split_cifar10`.
 - Joint training has all tasks at once: the ceiling, no method.
 """
 
@@ -136,15 +140,26 @@ def row_of(entry: Entry, folder: Path) -> Row | None:
     Returns:
         Its results, with the setting that the search found best; None if there are none yet.
     """
-    if not all(job.path(folder).exists() for job in entry.search):
-        return None
-    paths = [job.path(folder) for job in entry.seeds_of_best(folder)]
-    records = [Record.read(path) for path in paths if path.exists()]
+    records = [Record.read(path) for path in _paths_of_best(entry, folder) if path.exists()]
     return Row(entry.method, records) if records else None
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """Whether the better of BLIP's two bases is ahead of everything that it is compared with."""
+def _paths_of_best(entry: Entry, folder: Path) -> list[Path]:
+    """Where the records of the seeds lie; none before the search is over."""
+    searched = all(job.path(folder).exists() for job in entry.search)
+    return [job.path(folder) for job in entry.seeds_of_best(folder)] if searched else []
+
+
+def verdict(rows: Sequence[Row], behind: str) -> str:
+    """Whether the better of BLIP's two bases is ahead of everything that it is compared with.
+
+    Args:
+        rows: The methods.
+        behind: Why not, if it is not.
+
+    Returns:
+        One or two sentences; nothing if there is nothing to compare.
+    """
     ours = [row for row in rows if row.method in _BASES]
     others = [row for row in rows if row.method not in (*_BASES, "joint")]
     if not ours or not others:
@@ -153,7 +168,7 @@ def verdict(rows: Sequence[Row]) -> str:
     ahead = best.acc - rival.acc
     if ahead > 0:
         return f"{best.title} is ahead of all others, by {ahead:.2f} points of the next, {rival.title}."
-    return f"{rival.title} is ahead of {best.title} by {-ahead:.2f} points."
+    return f"{rival.title} is ahead of {best.title} by {-ahead:.2f} points. {behind}".strip()
 
 
 def section(part: Part, folder: Path, pictures: Path) -> str:
@@ -172,18 +187,43 @@ def section(part: Part, folder: Path, pictures: Path) -> str:
         return ""
     name = part.stream + (f"-{part.epochs}-epochs" if part.epochs else "")
     draw(rows, pictures / f"{name}.png")
-    machines = sorted({record.machine for row in rows for record in row.records})
     header = ["method", "seeds", "ACC", "BWT", "FWT", "bytes", "seconds"]
     protocol = part.protocol
     lines = [
-        f"## `{part.stream}`",
-        f"{protocol.description}. {protocol.tasks} tasks of {protocol.epochs} epochs; {', '.join(machines)}.",
+        f"### `{part.stream}`",
+        f"{protocol.description}. Here: {protocol.tasks} tasks, {protocol.epochs} epochs each.",
         markdown_table(header, [row.cells() for row in rows]),
-        verdict(rows),
+        verdict(rows, part.behind),
         f"![{part.stream}](../docs/results/{name}.png)",
         _searches(part, folder),
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def table(name: str, folder: Path, pictures: Path) -> str:
+    """A chapter: what makes it, where and how long, and its streams.
+
+    Args:
+        name: Of the table in ``PARTS``.
+        folder: Of the records.
+        pictures: Folder that the pictures go to.
+
+    Returns:
+        Markdown; nothing if there are no records.
+    """
+    parts = PARTS[name]
+    sections = [text for part in parts if (text := section(part, folder, pictures))]
+    if not sections:
+        return ""
+    entries = [entry for part in parts for entry in part.entries]
+    paths = {job.path(folder) for entry in entries for job in entry.search}
+    paths |= {path for entry in entries for path in _paths_of_best(entry, folder)}
+    records = [Record.read(path) for path in paths if path.exists()]
+    title, command = _TABLES[name]
+    hours = sum(record.seconds for record in records) / 3600
+    machines = "; ".join(sorted({record.machine for record in records}))
+    made = f"`{command}`: {len(records)} runs, one after the other {hours:.1f} hours, on: {machines}."
+    return "\n\n".join([f"## {title}", made, *sections])
 
 
 def _searches(part: Part, folder: Path) -> str:
@@ -212,7 +252,7 @@ def checks(folder: Path) -> str:
     """
     lines = []
     for figure in PUBLISHED:
-        row = row_of(Entry(PROTOCOLS[figure.stream], figure.method, Part.seeds), folder)
+        row = row_of(Entry(Part(figure.stream), figure.method), folder)
         if row is None:
             continue
         apart = row.acc - figure.ACC
@@ -284,11 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
     options.pictures.mkdir(parents=True, exist_ok=True)
-    parts = [part for device in PARTS.values() for part in device]
-    sections = [text for part in parts if (text := section(part, options.records, options.pictures))]
+    tables = [table(name, options.records, options.pictures) for name in PARTS]
     checked = checks(options.records)
-    published = [f"## Baselines against published figures\n\n{checked}"] if checked else []
-    options.to.write_text("\n\n".join([_HEAD.strip(), *sections, *published]) + "\n")
+    published = f"## Baselines against published figures\n\n{checked}" if checked else ""
+    chapters = [text for text in (_HEAD.strip(), *tables, published) if text]
+    options.to.write_text("\n\n".join(chapters) + "\n")
 
 
 if __name__ == "__main__":

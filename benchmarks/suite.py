@@ -6,7 +6,8 @@ import argparse
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from queue import Queue
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.machine import machine
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job
 from benchmarks.protocols import PROTOCOLS
@@ -69,27 +71,26 @@ class Suite:
                 live.update(self._table(), refresh=True)
 
     def time_left(self) -> str:
-        """How long the rest will take, by what such epochs took so far."""
-        epochs = self._epochs_left.copy()
+        """How long the rest will take, by what such epochs took so far; "over" if none was."""
+        epochs: dict[str, float] = {**self._epochs_left}
         for job in self._running.values():
             _, share = self._where.get(job.path(self.out), ("", 0.0))
             epochs[job.run.protocol.name] -= share * job.epochs
-        seconds = 0.0
-        for stream, count in epochs.items():
-            rate = self._seconds_an_epoch[stream]
-            if rate is None and count:
-                return "an unknown time"
-            seconds += count * (rate or 0.0)
+        unknown = any(count and stream not in self._seconds_an_epoch for stream, count in epochs.items())
+        seconds = sum(count * self._seconds_an_epoch.get(stream, 0.0) for stream, count in epochs.items())
         minutes = round(seconds / self.processes / 60)
-        return f"{minutes // 60} h {minutes % 60:02} min"
+        return f"{'over ' if unknown else ''}{minutes // 60} h {minutes % 60:02} min"
 
     def _look(self) -> None:
         """Takes in the records, which change only when a run ends."""
-        self._ready = [job for entry in self.planned for job in entry.left(self.out)]
-        self._epochs_left = dict.fromkeys((entry.protocol.name for entry in self.planned), 0.0)
-        for entry in self.planned:
-            self._epochs_left[entry.protocol.name] += entry.epochs_left(self.out)
-        self._seconds_an_epoch = {stream: _seconds_an_epoch(self.out, stream) for stream in self._epochs_left}
+        ready = [job for entry in self.planned for job in entry.left(self.out)]
+        # Streams may share a search.
+        self._ready = list({job.path(self.out): job for job in ready}.values())
+        to_come = {job.path(self.out): job for entry in self.planned for job in entry.to_come(self.out)}
+        self._epochs_left: Counter[str] = Counter()
+        for job in to_come.values():
+            self._epochs_left[job.run.protocol.name] += job.epochs
+        self._seconds_an_epoch = _seconds_an_epoch(self.out, self._epochs_left, machine(self.device))
 
     def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[Path, str, float]]) -> bool:
         """Starts as many runs as there is room for; says whether any is under way."""
@@ -126,18 +127,30 @@ def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, 
         yield told.get()
 
 
-def _seconds_an_epoch(out: Path, stream: str) -> float | None:
-    """Of a stream, as far as runs of it are recorded."""
-    records = [Record.read(path) for path in out.glob(f"{stream}-*.json")]
-    rates = [record.seconds / (record.tasks * record.epochs) for record in records]
-    return statistics.mean(rates) if rates else None
+def _seconds_an_epoch(out: Path, streams: Iterable[str], machine: str) -> dict[str, float]:
+    """Of each stream that there are records of from such a machine, whatever its number of threads."""
+    rates = {}
+    model, _, _ = machine.partition(",")
+    for stream in streams:
+        records = [Record.read(path) for path in out.glob(f"{stream}-*.json")]
+        here = [record for record in records if record.machine.startswith(model)]
+        if here:
+            rates[stream] = statistics.mean(
+                record.seconds / (record.tasks * record.epochs) for record in here
+            )
+    return rates
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/records"), help="folder of the records")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--table",
+        choices=PARTS,
+        default="cpu",
+        help="what two cores learn in three hours (cpu), what takes them longer (long) or takes a GPU (cuda)",
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many runs at a time")
     parser.add_argument(
         "--streams",
@@ -156,11 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     planned = [
         entry
-        for part in PARTS[options.device]
+        for part in PARTS[options.table]
         for entry in part.entries
         if part.stream in options.streams and entry.method in options.methods
     ]
-    suite = Suite(planned, options.data, options.out, options.device, options.processes)
+    device = "cuda" if options.table == "cuda" else "cpu"
+    suite = Suite(planned, options.data, options.out, device, options.processes)
     suite.run()
     results.main(["--records", str(options.out)])
     for path, error in suite.failed.items():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import results, suite
+from benchmarks.machine import machine
 from benchmarks.plan import Entry, Job, Part
-from benchmarks.protocols import PROTOCOLS
 from benchmarks.record import Record
 from benchmarks.run import Run
 
@@ -22,8 +22,8 @@ def write(folder, job, acc, bwt=-10.0):
     record = Record(
         stream=protocol.name, method=job.run.method, settings=job.run.settings, seed=job.seed,
         tasks=protocol.tasks, epochs=protocol.epochs, ACC=acc, BWT=bwt, FWT=None,
-        R=np.where(R > 0, R, None).tolist(), used_capacity=[], bytes_per_parameter=8.0, seconds=3.0,
-        machine="a machine", torch_version="2",
+        R=np.where(R > 0, R, None).tolist(), used_capacity=[], bytes_per_parameter=8.0, seconds=300.0,
+        machine=machine(), torch_version="2",
     )  # fmt: skip
     record.write(job.path(folder))
 
@@ -42,45 +42,63 @@ def records(tmp_path):
 
 
 def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
-    entry = Entry(replace(PROTOCOLS["split_fashion"], epochs=1), "ewc", seeds=2)
+    entry = Entry(PART, "ewc")
     first = entry.left(tmp_path)
     assert [job.run.settings for job in first] == [{"strength": value} for value in (3, 10, 30, 100)]
     assert {(job.seed, job.run.protocol.tasks) for job in first} == {(0, 3)}
-    assert entry.epochs_left(tmp_path) == 4 * 3 + 2 * 5
+    assert sum(job.epochs for job in entry.to_come(tmp_path)) == 4 * 3 + 2 * 5
     for job, acc in zip(first, (60.0, 75.0, 61.0, 62.0), strict=True):
         write(tmp_path, job, acc)
-    best = Run(entry.protocol, "ewc", {"strength": 10})
+    best = Run(PART.protocol, "ewc", {"strength": 10})
     assert entry.left(tmp_path) == [Job(best, 0), Job(best, 1)]
-    assert entry.epochs_left(tmp_path) == 2 * 5
+    assert entry.to_come(tmp_path) == entry.left(tmp_path)
     for job in entry.left(tmp_path):
         write(tmp_path, job, 70.0)
     assert entry.left(tmp_path) == []
 
 
+def test_a_setting_can_be_searched_on_another_stream(tmp_path):
+    entry = Entry(Part("three_sets", seeds=1, epochs=1, searched_on=PART), "ewc")
+    assert entry.left(tmp_path) == Entry(PART, "ewc").left(tmp_path)
+    for job, acc in zip(entry.left(tmp_path), (60.0, 61.0, 75.0, 62.0), strict=True):
+        write(tmp_path, job, acc)
+    (found,) = entry.left(tmp_path)
+    assert (found.run.protocol.name, found.run.settings) == ("three_sets", {"strength": 30})
+
+
 def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
     text = results.section(PART, records, tmp_path)
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 3 |" in rows["| online EWC, strength = 30"]
+    assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 300 |" in rows["| online EWC, strength = 30"]
     assert "90.50 ± 0.71" in rows["| BLIP"]
     assert "ahead of all others, by 10.00 points of the next, online EWC, strength = 30." in text
     assert "online EWC, strength = 3: 60.00, 10: 61.00, 30: 75.00, 100: 62.00" in text
-    assert "a machine" in text
     assert (tmp_path / "split_fashion-1-epochs.png").stat().st_size > 10_000
 
 
 def test_where_another_is_ahead_it_says_so(records):
     rows = [results.row_of(entry, records) for entry in PART.entries]
     rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
-    assert results.verdict(rows) == "fine-tuning is ahead of BLIP by 4.50 points."
+    assert results.verdict(rows, "Nothing is forgotten.") == (
+        "fine-tuning is ahead of BLIP by 4.50 points. Nothing is forgotten."
+    )
 
 
-def test_a_stream_without_records_is_left_out(tmp_path):
+def test_a_table_says_what_makes_it_where_and_how_long_that_takes(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PARTS", {"long": (PART,)})
+    text = results.table("long", records, tmp_path)
+    made = f"12 runs, one after the other 1.0 hours, on: {machine()}."
+    assert f"`make benchmarks DATA=DIR TABLE=long`: {made}" in text
+
+
+def test_what_has_no_records_is_left_out(tmp_path):
     assert results.section(PART, tmp_path, tmp_path) == ""
+    assert results.table("cpu", tmp_path, tmp_path) == ""
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(96.5, "yes"), (90.0, "**no**")])
 def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_path):
-    entry = Entry(PROTOCOLS["permuted_mnist"], "joint", seeds=3)
+    entry = Entry(Part("permuted_mnist"), "joint")
     for job in entry.left(tmp_path):
         write(tmp_path, job, score, bwt=None)
     line = results.checks(tmp_path).splitlines()[2]
@@ -107,7 +125,8 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     said = capsys.readouterr().out
     where = re.findall(r"\[(.*) left\] split_fashion finetune .*: task (\d) of 5, epoch 1 of 1", said)
     assert [task for _, task in where] == ["1", "2", "3", "4", "5"]
-    assert {left for left, _ in where} == {"0 h 00 min"}
+    # By the other run's 300 s for five epochs.
+    assert [left for left, _ in where] == [f"0 h 0{minutes} min" for minutes in (4, 3, 2, 1, 0)]
     assert first.path(out).exists()
     assert Record.read(second.path(out)).ACC == 88.0
     assert "| joint training | 1 | 88.00 | – |" in (tmp_path / "benchmarks" / "RESULTS.md").read_text()
