@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_blip.saved import check_number, check_tensor
+
 Cell = Literal["strict", "paper"]
 
 #: float32 carries 24 leading bits: up to this many fractional bits a code survives the way to θ and back.
@@ -418,7 +420,11 @@ class FrozenBits(Paced):
         """Restores what :meth:`state_dict` saved, exactly.
 
         Bits and information are there at once; in the strict cell the rest awaits :meth:`locate`.
+
+        Raises:
+            ValueError: If it is not what :meth:`state_dict` gives.
         """
+        _check_saved(state)
         if state["cell"] == "paper":
             return cls(**state)
         position, bits = state["position"], state["bits"]
@@ -459,6 +465,25 @@ def _rest(free: Tensor) -> Tensor:
 def _middle(code: Tensor, rest: Tensor) -> Tensor:
     """The codes with their last bits replaced by the middle of what these can be."""
     return (code >> rest << rest) + (1 << rest >> 1)
+
+
+def _check_saved(state: dict[str, Any]) -> None:
+    shape = state["gained"].shape
+    check_tensor(state, "gained", [torch.float16], shape)
+    check_number(state, "prior", torch.finfo(torch.float32).tiny)
+    check_number(state, "bound", torch.finfo(torch.float32).tiny)
+    check_number(state, "max_bits", 1, LARGEST_MAX_BITS)
+    for name in ("tasks", "total", "steps", "rate"):
+        check_number(state, name, 0)
+    if state["cell"] == "paper":
+        check_tensor(state, "packed", [torch.int32], shape)
+        return
+    check_tensor(state, "position", [torch.uint8], shape)
+    check_number(state, "checksum", -(2**63))
+    if state["bits"] is not None:
+        check_tensor(state, "bits", [torch.uint8], shape)
+        if (state["bits"] > state["max_bits"]).any():
+            raise ValueError(f"bits has more than max_bits={state['max_bits']}")
 
 
 def _checksum(leading: Tensor) -> int:

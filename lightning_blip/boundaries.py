@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_blip import processes
+from lightning_blip.bases import Callback, overrides
 from lightning_blip.heads import TaskHeads
+from lightning_blip.randomness import random_state, set_random_state
 from lightning_blip.streams import Task
 
 if TYPE_CHECKING:
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 # What Lightning puts where the user gave the Trainer no max_epochs.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
+_RANDOM = "random_states"
 
 
-class TaskBoundaries(pl.Callback):
+class TaskBoundaries(Callback):
     """Ends tasks and starts them, and tells everyone through two hooks.
 
     ``on_task_start(trainer, pl_module, task)`` and ``on_task_end(trainer, pl_module, task)`` are called on
@@ -33,7 +36,10 @@ class TaskBoundaries(pl.Callback):
     and repeats none. ``on_task_start`` is also called when a fit begins or resumes within a task.
 
     The data module puts this callback first among the Trainer's: nothing is left to do by hand. It also makes
-    the head of the task active in every :class:`TaskHeads`, in validation and test that of the loader's task.
+    the head of the task active in every :class:`TaskHeads`, in validation, test and prediction that of the
+    loader's task; keeps the states of the random number generators in checkpoints, so that a resumed fit
+    draws what the unbroken one would have; and lets callbacks and schedulers that monitor ``val_acc`` see
+    that of the current task, by this name, every task anew.
 
     Example:
         >>> class Announce(pl.Callback):
@@ -45,12 +51,16 @@ class TaskBoundaries(pl.Callback):
         self._limit: int | None = None
         self._users_limit: int | None = None
         self._heads: list[TaskHeads] = []
+        self._active_before: list[int] = []
+        self._random: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Sets the number of epochs to that of the whole sequence, unless the user's is smaller."""
         if stage != "fit":
             return
         tasks = sequence(trainer)
+        _check_callbacks(trainer)
+        _check_strategy(trainer, pl_module)
         _check_validation_step(pl_module, tasks)
         if tasks.learned == len(tasks):
             rank_zero_warn(
@@ -61,6 +71,11 @@ class TaskBoundaries(pl.Callback):
         if users != self._limit:
             self._users_limit = None if users in _UNSET_MAX_EPOCHS else users
         self._limit_epochs(trainer)
+        _show_one_task(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers are there: the fit has the epochs of all tasks again."""
+        trainer.fit_loop.max_epochs = self._limit
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts, or goes on with, the current task."""
@@ -69,17 +84,23 @@ class TaskBoundaries(pl.Callback):
         self._limit_epochs(trainer)
         if tasks.learned == len(tasks):
             return
-        if tasks.epoch == 0 and tasks.learned:
-            # A checkpoint from within a boundary may hold the optimizer of the task before.
-            trainer.strategy.setup_optimizers(trainer)
+        if tasks.optimizers_are_stale:
+            self._set_up_optimizers(trainer)
+            tasks.optimizers_are_stale = False
         self._start_task(trainer, pl_module)
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps what a plateau scheduler saw of the last task away from this one."""
+        """Keeps what schedulers and checkpoints saw of the last task away from this one."""
         if sequence(trainer).epoch == 0:
             for config in trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                     config.scheduler._reset()
+            for callback in _callbacks(trainer):
+                if _is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None):
+                    _forget_best(callback)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the epoch and, where it was the task's last, crosses the boundary."""
@@ -94,13 +115,14 @@ class TaskBoundaries(pl.Callback):
         tasks.close_task()
         _validate(trainer)
         if tasks.next_task():
-            trainer.strategy.setup_optimizers(trainer)
+            self._set_up_optimizers(trainer)
             self._start_task(trainer, pl_module)
         self._limit_epochs(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the heads to switch."""
-        self._find_heads(pl_module)
+        """Finds the heads to switch, if the loaders are those of the tasks."""
+        self._find_heads(pl_module if has_tasks(trainer) else None)
+        self._active_before = [heads.active for heads in self._heads]
 
     def on_validation_batch_start(
         self,
@@ -114,12 +136,33 @@ class TaskBoundaries(pl.Callback):
         self._activate(dataloader_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the head of the current task active again."""
-        self._activate(sequence(trainer).task.index)
+        """Makes the head active that was, and what was logged of the current task known by its name."""
+        for heads, active in zip(self._heads, self._active_before, strict=True):
+            heads.active = active
+        if has_tasks(trainer):
+            _name_those_of(sequence(trainer).task.index, trainer.callback_metrics)
 
-    on_test_start = on_validation_start
-    on_test_batch_start = on_validation_batch_start
-    on_test_end = on_validation_end
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the states of the random number generators, of every process."""
+        checkpoint[_RANDOM] = processes.gathered(random_state())
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Goes back to them when training goes on."""
+        if trainer.state.fn != "fit":
+            return
+        states, (rank, count) = checkpoint.get(_RANDOM, []), processes.place()
+        if len(states) == count:
+            self._random = states[rank]
+        if has_tasks(trainer):
+            _show_one_task(trainer)
 
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = sequence(trainer).task
@@ -128,8 +171,14 @@ class TaskBoundaries(pl.Callback):
         self._activate(task.index)
         _call_hook(trainer, pl_module, "on_task_start", task)
 
-    def _find_heads(self, pl_module: pl.LightningModule) -> None:
-        self._heads = [module for module in pl_module.modules() if isinstance(module, TaskHeads)]
+    def _set_up_optimizers(self, trainer: pl.Trainer) -> None:
+        _show_one_task(trainer)
+        trainer.strategy.setup_optimizers(trainer)
+        self._limit_epochs(trainer)
+
+    def _find_heads(self, pl_module: pl.LightningModule | None) -> None:
+        modules = [] if pl_module is None else pl_module.modules()
+        self._heads = [module for module in modules if isinstance(module, TaskHeads)]
 
     def _activate(self, task: int) -> None:
         for heads in self._heads:
@@ -142,7 +191,7 @@ class TaskBoundaries(pl.Callback):
         trainer.fit_loop.max_epochs = self._limit
 
 
-class TaskStopping(pl.Callback):
+class TaskStopping(Callback):
     """Ends a task early when a monitored value stops improving, and goes back to its best weights.
 
     Unlike Lightning's ``EarlyStopping`` it ends the task, not the fit, and every task begins with its whole
@@ -282,19 +331,81 @@ def sequence(trainer: pl.Trainer) -> TaskSequenceDataModule:
     Raises:
         ValueError: If that is no sequence of tasks.
     """
+    if not has_tasks(trainer):
+        datamodule = type(getattr(trainer, "datamodule", None)).__name__
+        raise ValueError(
+            f"datamodule={datamodule} has no tasks: pass trainer.fit(…, datamodule=TaskSequenceDataModule("
+            '[Task("first", train_set, test_set), …])), with your own data sets'
+        )
+    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+
+def has_tasks(trainer: pl.Trainer) -> bool:
+    """Whether what a Trainer works on is a sequence of tasks.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        True if its data module is a :class:`TaskSequenceDataModule`.
+    """
     from lightning_blip.datamodule import TaskSequenceDataModule  # which brings this callback along
 
-    datamodule = getattr(trainer, "datamodule", None)
-    if not isinstance(datamodule, TaskSequenceDataModule):
+    return isinstance(getattr(trainer, "datamodule", None), TaskSequenceDataModule)
+
+
+def _show_one_task(trainer: pl.Trainer) -> None:
+    """Has ``trainer.estimated_stepping_batches`` be that of the task, for schedulers that plan to its end."""
+    tasks = sequence(trainer)
+    trainer.fit_loop.max_epochs = tasks.epochs[tasks.task.index]
+    trainer.fit_loop._combined_loader = None  # the next task may have more batches than the last
+
+
+def _check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuses what takes a sequence of tasks for a single one."""
+    for callback in _callbacks(trainer):
+        name = type(callback).__name__
+        if _is_a(callback, "EarlyStopping"):
+            arguments = {part: getattr(callback, part) for part in ("monitor", "patience", "mode")}
+            given = ", ".join(f"{part}={value!r}" for part, value in arguments.items())
+            raise ValueError(f"{name} would end the whole fit with a task: use TaskStopping({given}) instead")
+        if _is_a(callback, "StochasticWeightAveraging") or _is_a(callback, "WeightAveraging"):
+            raise ValueError(
+                f"{name} would average weights of different tasks, and undo what is frozen: leave it out; "
+                "BLIP averages the end of each task by itself (average=True, the default)"
+            )
+
+
+def _check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    heads = any(isinstance(module, TaskHeads) and len(module) > 1 for module in pl_module.modules())
+    options = getattr(trainer.strategy, "_ddp_kwargs", {"find_unused_parameters": True})
+    if heads and not options.get("find_unused_parameters"):
         raise ValueError(
-            f"datamodule={type(datamodule).__name__} has no tasks: "
-            "pass trainer.fit(…, datamodule=TaskSequenceDataModule(…))"
+            "TaskHeads leaves the heads of other tasks unused, which plain DDP does not allow: "
+            "use strategy='ddp_find_unused_parameters_true'"
         )
-    return datamodule
+
+
+def _is_a(callback: pl.Callback, name: str) -> bool:
+    """Whether a callback is Lightning's of that name, of whichever of its packages."""
+    return any(kind.__name__ == name for kind in type(callback).__mro__)
+
+
+def _forget_best(checkpoint: Any) -> None:
+    """Has a ``ModelCheckpoint`` look for the best weights anew; those it has saved stay on disk."""
+    checkpoint.best_k_models = {}
+    checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
+    checkpoint.best_model_score = None
+    checkpoint.kth_value = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+
+
+def _name_those_of(task: int, metrics: dict[str, Tensor]) -> None:
+    suffix = f"/dataloader_idx_{task}"
+    metrics |= {name.removesuffix(suffix): value for name, value in metrics.items() if name.endswith(suffix)}
 
 
 def _check_validation_step(pl_module: pl.LightningModule, tasks: TaskSequenceDataModule) -> None:
-    validates = len(tasks) > 1 and tasks[0].val is not None and is_overridden("validation_step", pl_module)
+    validates = len(tasks) > 1 and tasks[0].val is not None and overrides(pl_module, "validation_step")
     if validates and "dataloader_idx" not in inspect.signature(pl_module.validation_step).parameters:
         raise ValueError(
             f"{type(pl_module).__name__}.validation_step will be run on each of {len(tasks)} tasks: give it "
@@ -316,7 +427,7 @@ def _call_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, ta
 def _validate(trainer: pl.Trainer) -> None:
     """Runs the validation loop from within the training loop, as the training loop itself does."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if not trainer.enable_validation or not is_overridden("validation_step", trainer.lightning_module):
+    if not trainer.enable_validation or not overrides(trainer.lightning_module, "validation_step"):
         return
     first_iteration = trainer._logger_connector._first_loop_iter
     trainer.validating = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -13,14 +13,16 @@ from weakref import WeakSet
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_error
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from lightning_blip import processes
 from lightning_blip.averaging import MeanWeights
+from lightning_blip.bases import Callback, overrides
+from lightning_blip.batches import TaskBatches, inputs_and_targets
 from lightning_blip.bits import LARGEST_MAX_BITS, Cell
-from lightning_blip.boundaries import TaskStopping, log_metrics, sequence
-from lightning_blip.datamodule import TaskSequenceDataModule
+from lightning_blip.boundaries import TaskStopping, has_tasks, log_metrics, sequence
 from lightning_blip.defaults import (
     KRONECKER_DAMPING,
     KRONECKER_PULL,
@@ -36,6 +38,7 @@ from lightning_blip.information import Rule
 from lightning_blip.network import Basis, FrozenNetwork, damped
 from lightning_blip.norm_stats import NormStats, TaskStatistics, freeze, thaw
 from lightning_blip.optimizer import FrozenBitsOptimizer, check_every, check_strengths
+from lightning_blip.saved import check_number
 from lightning_blip.streams import Task
 
 Likelihood = str | Callable[[Any], torch.distributions.Distribution]
@@ -44,13 +47,15 @@ Auto = Literal["auto"]
 
 # The batch that the paper's code averages its loss over: its Fisher is the true one over the square of this.
 _PAPERS_BATCH_SIZE = 100
-# Labels are drawn for so many samples, or more, of however few there are.
-_LEAST_DRAWS = 1_000
+#: Of what :meth:`BLIP.state_dict` gives.
+VERSION = 1
+# Into so many parts each batch is divided where there is too little memory.
+_PARTS = 4
 # The weights that a task ends with are the mean of those that it had after this share of its training.
 _AVERAGED_FROM = 0.8
 
 
-class BLIP(pl.Callback):
+class BLIP(Callback):
     """Bit-Level Information Preserving: learns tasks one after another without forgetting the earlier ones.
 
     After each task it estimates the information that the task's data gave every parameter, and freezes that
@@ -124,7 +129,7 @@ class BLIP(pl.Callback):
 
     Raises:
         ValueError: If an argument is off. In a fit: if a pattern matches no parameter, a tracked parameter is
-            in half precision, the module has no ``forward``, or the Trainer runs several processes.
+            in half precision, the module has no ``forward``, or the Trainer's strategy divides parameters.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[BLIP()], logger=False, enable_checkpointing=False)
@@ -313,21 +318,31 @@ class BLIP(pl.Callback):
         self._network.attach(module, self._tracked(module))
         return self._network.strain(module)[0]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses strategies that it cannot work with, before they change the module."""
+        names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+        if not names & {"SingleDeviceStrategy", "DDPStrategy"}:
+            raise ValueError(
+                f"strategy={type(trainer.strategy).__name__} may divide the parameters, whose bits are "
+                "frozen value by value: use strategy='ddp', or devices=1"
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds out early whether it can work with the module."""
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"The Trainer runs {trainer.world_size} processes, each of which would freeze other bits: "
-                "train with devices=1"
-            )
-        if not is_overridden("forward", pl_module):
+        if not overrides(pl_module, "forward"):
             raise ValueError(
                 f"{type(pl_module).__name__} has no forward: define forward(inputs), which training_step may "
                 "call as well, so that BLIP can ask the network for its prediction"
             )
         self._attach(pl_module)
-        if _has_tasks(trainer):
+        if has_tasks(trainer):
             self._first_task = self.tasks_learned - sequence(trainer).learned
+        elif not self.tasks_learned:
+            datamodule = type(trainer.datamodule).__name__  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"datamodule={datamodule} has no tasks: nothing is consolidated by itself. Pass a "
+                "TaskSequenceDataModule, or call blip.consolidate(trainer, dataloader) after the fit"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Protects the parameters, whether or not tasks come from a sequence."""
@@ -337,14 +352,32 @@ class BLIP(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Finds out early whether the batches are such that information can be estimated from them."""
-        if batch_idx == 0 and _has_tasks(trainer):
-            _inputs_and_targets(batch)
+        if batch_idx == 0 and has_tasks(trainer):
+            inputs_and_targets(batch)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Stops before a loss that is not finite moves anything.
+
+        Looking at a loss waits for the device: other than on the CPU it is done as often as Lightning logs.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if loss.device.type != "cpu" and loop._batches_that_stepped % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        if not loss.isfinite().all():
+            task = f"Task {sequence(trainer).task.name!r}: " if has_tasks(trainer) else ""
+            raise FloatingPointError(
+                f"{task}the loss is {loss.item()}, batch {loop.batch_idx} of epoch {trainer.current_epoch}: "
+                "look for values in the data that are not finite, or take a smaller learning rate. What is "
+                "frozen, and the weights, are those before this batch"
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Averages the end of a task, and logs what it has the past ones forget, without looking at them."""
-        if self.average and _has_tasks(trainer):
+        if trainer.fit_loop._should_accumulate():
+            return
+        if self.average and has_tasks(trainer):
             done = sequence(trainer).share_done(batch_idx + 1, trainer.num_training_batches)
             if done > _AVERAGED_FROM and self._network.just_pulled:
                 self._mean.add(pl_module)
@@ -360,12 +393,16 @@ class BLIP(pl.Callback):
         """Consolidates the task that was just learned."""
         if not any(isinstance(one, TaskStopping) and one.restore_best for one in _callbacks(trainer)):
             self._mean.put_in_place(pl_module)
-        loader = sequence(trainer).train_dataloader()
-        quiet = trainer.progress_bar_callback is None
+        batches = TaskBatches(sequence(trainer).train_dataloader(), trainer)
+        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         try:
-            report = self._consolidate(pl_module, _as_in_training(trainer, loader), _draws(loader), quiet)
+            report = self._consolidate(pl_module, batches, quiet)
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
+        except Exception as error:
+            raise RuntimeError(
+                f"Task {task.name!r} was not consolidated, and what is frozen stays as it was: {error}"
+            ) from error
         log_metrics(trainer, report)
 
     def on_validation_batch_start(
@@ -377,17 +414,17 @@ class BLIP(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Puts the running statistics of the loader's task in place."""
-        if _has_tasks(trainer):
+        if has_tasks(trainer):
             self._statistics.show(pl_module, self._first_task + dataloader_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts those of the current task in place again."""
-        if _has_tasks(trainer):
+        if has_tasks(trainer):
             self._statistics.back(pl_module)
 
-    on_validation_start = on_test_start = on_validation_end
-    on_test_batch_start = on_validation_batch_start
-    on_test_end = on_validation_end
+    on_validation_start = on_test_start = on_predict_start = on_validation_end
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_end = on_predict_end = on_validation_end
 
     def consolidate(self, module: nn.Module | pl.Trainer, dataloader: Iterable[Any]) -> dict[str, float]:
         """Takes in what a task told, by hand: for loops without a :class:`TaskSequenceDataModule`.
@@ -411,10 +448,9 @@ class BLIP(pl.Callback):
             >>> blip.tasks_learned, sorted(blip.bits())
             (1, ['bias', 'weight'])
         """
-        if isinstance(module, pl.Trainer):
-            batches = _as_in_training(module, dataloader)
-            return self._consolidate(module.lightning_module, batches, _draws(dataloader))
-        return self._consolidate(module, _passes(dataloader), _draws(dataloader))
+        if not isinstance(module, nn.Module):
+            return self._consolidate(module.lightning_module, TaskBatches(dataloader, module))
+        return self._consolidate(module, TaskBatches(dataloader))
 
     def wrap(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> FrozenBitsOptimizer:
         """Protects the parameters from an optimizer, in a loop of one's own; a Trainer's are by themselves.
@@ -478,6 +514,7 @@ class BLIP(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What was learned: goes into every checkpoint."""
         return {
+            "version": VERSION,
             "tasks_learned": self.tasks_learned,
             "settings": self._settings(),
             "chosen": self.chosen,
@@ -498,24 +535,43 @@ class BLIP(pl.Callback):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what was saved.
+        """Goes on from what was saved; where it cannot, nothing is changed.
 
         Raises:
-            ValueError: If it was learned with other settings.
+            ValueError: If it was learned with other settings, by a later version, or is damaged.
         """
-        for name, value in self._settings().items():
-            if value is not None and state_dict["settings"][name] != value:
-                raise ValueError(
-                    f"{name}={value!r} differs from the checkpoint's {state_dict['settings'][name]!r}: "
-                    f"resume with BLIP({name}={state_dict['settings'][name]!r})"
-                )
+        if state_dict.get("version", 0) > VERSION:
+            raise ValueError(
+                f"The checkpoint holds version {state_dict['version']} of what BLIP learned, this is version "
+                f"{VERSION}: update lightning-blip"
+            )
+        try:
+            self._check_settings(state_dict["settings"])
+            network = FrozenNetwork(self.max_bits, self.rule, self.cell, self.basis, self.rank)
+            statistics, mean = TaskStatistics(), MeanWeights()
+            network.load_state_dict(state_dict["frozen"])
+            statistics.load_state_dict(state_dict["statistics"])
+            mean.load_state_dict(state_dict["mean"])
+            for name in ("tasks_learned", "first_task"):
+                check_number(state_dict, name, 0)
+            for name in state_dict["chosen"]:
+                check_number(state_dict["chosen"], name, 0)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"What the checkpoint holds of BLIP is damaged, nothing was loaded of it: {error!r}"
+            ) from error
         self.norm_stats = state_dict["settings"]["norm_stats"]
-        self.tasks_learned = state_dict["tasks_learned"]
-        self._statistics.load_state_dict(state_dict["statistics"])
-        self._first_task = state_dict["first_task"]
-        self._mean.load_state_dict(state_dict["mean"])
+        self.tasks_learned, self._first_task = state_dict["tasks_learned"], state_dict["first_task"]
         self.chosen = dict(state_dict["chosen"])
-        self._network.load_state_dict(state_dict["frozen"])
+        self._network, self._statistics, self._mean = network, statistics, mean
+
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        for name, value in self._settings().items():
+            if value is not None and saved[name] != value:
+                raise ValueError(
+                    f"{name}={value!r} differs from the checkpoint's {saved[name]!r}: "
+                    f"resume with BLIP({name}={saved[name]!r})"
+                )
 
     def _settings(self) -> dict[str, Any]:
         names = ("prior", "max_bits", "rule", "cell", "basis", "pull", "damping", "norm_stats")
@@ -581,17 +637,16 @@ class BLIP(pl.Callback):
             self._network.set_prior(module, self.chosen["prior"])
 
     @torch.no_grad()
-    def _consolidate(
-        self, module: nn.Module, batches: Iterable[Any], size: int | None, quiet: bool = False
-    ) -> dict[str, float]:
+    def _consolidate(self, module: nn.Module, batches: TaskBatches, quiet: bool = False) -> dict[str, float]:
         start = time.perf_counter()
+        processes.share_buffers(module)
         self._attach(module)
         forgotten, at_walls = self._network.strain(module)
         shares = {"at_wall": at_walls, "drifted": self._network.drifted(module)}
         for wrapper in self._wrappers:
             wrapper.catch_up()
         self._network.settle(module)
-        fishers, factors = self._estimate(module, batches, size, quiet)
+        fishers, factors = self._estimate(module, batches, quiet)
         before = self.bits()
         gains = self._network.consolidate(module, fishers, factors)
         shares["newly_frozen"] = sum(_newly_frozen(before[name], bits) for name, bits in self.bits().items())
@@ -616,7 +671,7 @@ class BLIP(pl.Callback):
         }
 
     def _estimate(
-        self, module: nn.Module, batches: Iterable[Any], size: int | None, quiet: bool
+        self, module: nn.Module, batches: TaskBatches, quiet: bool
     ) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """The task's Fisher information by parameter name, and its factors by layer, damped."""
         own = dict(module.named_parameters())
@@ -627,26 +682,16 @@ class BLIP(pl.Callback):
             for weight, bias in self._network.biases.items()
             if weight in moving and (bias is None or bias in moving)
         }
-        factors = FactorObserver(module, layers)
-        overlaps = OverlapObserver(max(own[name].numel() for name in moving))
-        with _progress_bar(min(self.samples, size or self.samples), quiet) as progress:
-            fishers = diagonal_fisher(
-                module,
-                _pairs(batches),
-                likelihood=self.likelihood,
-                labels=self.labels,
-                samples=self.samples,
-                smoothing=self.smoothing,
-                generator=torch.Generator().manual_seed(self.tasks_learned),
-                parameters=moving,
-                observers=[
-                    factors,
-                    *([overlaps] if self.basis == "diagonal" and not self._all_chosen else []),
-                ],
-                progress=progress,
-            )
+        try:
+            fishers, factors, overlaps = self._measure(module, moving, layers, batches, quiet)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or is_oom_error(error)):
+                raise
+            garbage_collection_cuda()
+            rank_zero_warn(f"Not enough memory to measure the information: again, by {_PARTS} parts a batch")
+            fishers, factors, overlaps = self._measure(module, moving, layers, batches, quiet, _PARTS)
         for name, fisher in fishers.items():
-            if not fisher.isfinite().all():
+            if not processes.average(fisher).isfinite().all():
                 raise FloatingPointError(
                     f"The Fisher information of {name!r} is not finite, although the loss is: look for "
                     "gradients that overflow, such as of a square root at 0"
@@ -655,7 +700,8 @@ class BLIP(pl.Callback):
         for weight, factor in factors.factors().items():
             bias = layers[weight]
             trace = fishers[weight].sum() + (0.0 if bias is None else fishers[bias].sum())
-            calibrated[weight] = factor.calibrated(trace)
+            A, G = processes.average(factor.A), processes.average(factor.G)
+            calibrated[weight] = Factors(A, G).calibrated(trace)
         for weight in layers.keys() - calibrated.keys():
             raise ValueError(
                 f"The layer of {weight!r} has no Kronecker factors, since its weight is used outside of its "
@@ -672,6 +718,41 @@ class BLIP(pl.Callback):
         self._set_prior(module)
         return fishers, calibrated
 
+    def _measure(
+        self,
+        module: nn.Module,
+        moving: Sequence[str],
+        layers: Mapping[str, str | None],
+        batches: TaskBatches,
+        quiet: bool,
+        parts: int = 1,
+    ) -> tuple[dict[str, Tensor], FactorObserver, OverlapObserver]:
+        """The Fisher information that this process sees, by parameter name, and what observers have seen."""
+        own = dict(module.named_parameters())
+        factors = FactorObserver(module, layers)
+        overlaps = OverlapObserver(max(own[name].numel() for name in moving))
+        rank, count = processes.place()
+        samples = math.ceil(self.samples / count)
+        with _progress_bar(min(samples, batches.samples or samples), quiet) as progress:
+            fishers = diagonal_fisher(
+                module,
+                batches,
+                likelihood=self.likelihood,
+                labels=self.labels,
+                samples=samples,
+                smoothing=self.smoothing,
+                generator=torch.Generator().manual_seed(self.tasks_learned),
+                parameters=moving,
+                observers=[
+                    factors,
+                    *([overlaps] if self.basis == "diagonal" and not self._all_chosen else []),
+                ],
+                part=(rank, count),
+                parts=parts,
+                progress=progress,
+            )
+        return fishers, factors, overlaps
+
     @property
     def _all_chosen(self) -> bool:
         return {"pull", "damping"} <= self.chosen.keys()
@@ -679,7 +760,9 @@ class BLIP(pl.Callback):
     def _choose_strengths(self, fishers: Mapping[str, Tensor], overlaps: OverlapObserver) -> None:
         """Chooses pull and damping, where they are not given."""
         seen = [fishers[name] for name in sorted(overlaps.names)]
-        norm, trace = overlaps.squared_norm(), float(sum(fisher.sum() for fisher in seen))
+        trace = float(sum(fisher.sum() for fisher in seen))
+        norms = [norm for norm in processes.gathered(overlaps.squared_norm()) if norm is not None]
+        norm = sum(norms) / max(len(norms), 1)
         pull, damping = KRONECKER_PULL, KRONECKER_DAMPING
         if self.basis == "diagonal" and norm and trace:
             pull = choose_pull(norm, float(sum(fisher.square().sum() for fisher in seen)))
@@ -711,60 +794,12 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
-def _has_tasks(trainer: pl.Trainer) -> bool:
-    return isinstance(trainer.datamodule, TaskSequenceDataModule)  # type: ignore[attr-defined]
-
-
 def _heads(module: nn.Module) -> list[TaskHeads]:
     return [part for part in module.modules() if isinstance(part, TaskHeads)]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise ValueError(
-        f"batch of type {type(batch).__name__} is neither a pair (inputs, targets) nor a mapping with "
-        "'labels': have the data set give one of the two"
-    )
-
-
-def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """``(inputs, targets)`` of every batch; a loader draws no random number before the first is taken."""
-    for batch in batches:
-        yield _inputs_and_targets(batch)
-
-
-def _as_in_training(trainer: pl.Trainer, dataloader: Iterable[Any]) -> Iterator[Any]:
-    """The batches as ``training_step`` gets them: in the Trainer's precision, after the module's hooks."""
-    for batch in _passes(dataloader):
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _size(dataloader: Iterable[Any]) -> int | None:
-    """How many samples a loader has, where it can be known."""
-    dataset = getattr(dataloader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) and len(dataset) else None
-
-
-def _passes(dataloader: Iterable[Any]) -> Iterator[Any]:
-    """The batches, again and again if they are few: labels that are drawn differ from pass to pass."""
-    size = _size(dataloader) or _LEAST_DRAWS
-    for _ in range(math.ceil(_LEAST_DRAWS / size)):
-        yield from dataloader
-
-
-def _draws(dataloader: Iterable[Any]) -> int | None:
-    """How many samples those passes have."""
-    size = _size(dataloader)
-    return None if size is None else size * math.ceil(_LEAST_DRAWS / size)
 
 
 @contextmanager

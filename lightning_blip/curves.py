@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_blip.bases import Callback
 from lightning_blip.boundaries import log_metrics, sequence, task_score
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from lightning_blip.streams import Task
@@ -39,7 +40,7 @@ class _Score:
     boundary: bool
 
 
-class ForgettingCurves(pl.Callback):
+class ForgettingCurves(Callback):
     """Keeps the score of each task while the later ones are learned, and shows it.
 
     At every validation it logs the score of each task seen so far to every logger, as
@@ -110,9 +111,16 @@ class ForgettingCurves(pl.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
         if not self._history or not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_table(folder / "forgetting.csv")
-        self._draw(folder / "forgetting.png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_table(folder / "forgetting.csv")
+            self._draw(folder / "forgetting.png")
+        except OSError as error:  # such as a full disk: no reason to lose what was learned
+            rank_zero_warn(
+                f"The forgetting curves up to task {self._history[-1].learning!r} could not be written into "
+                f"{folder}: {error}. They are still in curves.matrix"
+            )
+            return
         rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any, TypedDict, cast
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from typing_extensions import Unpack
 
-from lightning_blip import streams
+from lightning_blip import processes, streams
+from lightning_blip.bases import LightningDataModule
 from lightning_blip.boundaries import TaskBoundaries
 from lightning_blip.streams import MappedDataset, Samples, Task
 
@@ -28,19 +29,20 @@ class LoadingOptions(TypedDict, total=False):
     seed: int
 
 
-class TaskSequenceDataModule(pl.LightningDataModule):
+class TaskSequenceDataModule(LightningDataModule):
     """Feeds tasks one after another: one ``trainer.fit`` learns the whole sequence.
 
     ``train_dataloader`` gives the current task; ``val_dataloader`` one loader for each task seen so far, so
-    that the module's own ``validation_step`` is run on each of them; ``test_dataloader`` one for every task.
+    that the module's own ``validation_step`` is run on each of them; ``test_dataloader``, and
+    ``predict_dataloader`` on the same samples, one for every task.
     It brings the :class:`TaskBoundaries` callback along, sets the number of epochs, and keeps its position in
-    the checkpoint: a fit resumed with ``ckpt_path`` goes on in the right epoch of the right task, over the
-    samples in the order that the unbroken fit would have seen.
+    the checkpoint: a fit resumed with ``ckpt_path`` goes on at the right batch of the right epoch of the
+    right task, over the samples in the order that the unbroken fit would have seen.
 
     Args:
         tasks: The tasks, in the order of learning.
         epochs_per_task: How long each task is trained: one number, or one a task.
-        batch_size: Samples a batch.
+        batch_size: Samples a batch, of each process.
         num_workers: Processes that load data.
         val_fraction: The share of each training set that is held out, to validate on instead of the test set.
         seed: Of the order of the samples, which depends on it, the task and the epoch alone.
@@ -83,7 +85,9 @@ class TaskSequenceDataModule(pl.LightningDataModule):
         self.seed = seed
         self.learned = 0
         self.epoch = 0
-        self._closing = False
+        #: Whether a checkpoint was restored that holds the optimizers of the task before.
+        self.optimizers_are_stale = False
+        self._crossing = False
 
     @classmethod
     def split_classes(
@@ -170,10 +174,10 @@ class TaskSequenceDataModule(pl.LightningDataModule):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The current task, its samples in the order of this epoch."""
+        """The current task, its samples in the order of this epoch; in each process a part of them."""
         # Chosen here, not in setup: a resumed fit restores the position in between.
-        order = _EpochOrder(len(cast(Any, self.task.train)), (self.seed, self.task.index, self.epoch))
-        return self._loader(self.task.train, order)
+        key = (self.seed, self.task.index, self.epoch)
+        return self._loader(self.task.train, _EpochOrder(cast(Any, self.task.train), key))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each task seen so far, the current one last."""
@@ -182,6 +186,8 @@ class TaskSequenceDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for every task, learned or not."""
         return self._in_order([task.test for task in self.tasks])
+
+    predict_dataloader = test_dataloader
 
     def end_epoch(self) -> bool:
         """Counts an epoch of the current task.
@@ -194,7 +200,7 @@ class TaskSequenceDataModule(pl.LightningDataModule):
 
     def close_task(self) -> None:
         """From here on a checkpoint says that the current task is learned, though it is still shown."""
-        self._closing = True
+        self._crossing = True
 
     def next_task(self) -> bool:
         """Moves on to the next task.
@@ -204,14 +210,14 @@ class TaskSequenceDataModule(pl.LightningDataModule):
         """
         self.learned += 1
         self.epoch = 0
-        self._closing = False
+        self._crossing = False
         return self.learned < len(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the sequence."""
-        if self._closing:
-            return {"learned": self.learned + 1, "epoch": 0}
-        return {"learned": self.learned, "epoch": self.epoch}
+        if self._crossing:
+            return {"learned": self.learned + 1, "epoch": 0, "crossing": True}
+        return {"learned": self.learned, "epoch": self.epoch, "crossing": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to a saved position."""
@@ -222,38 +228,68 @@ class TaskSequenceDataModule(pl.LightningDataModule):
             )
         self.learned = state_dict["learned"]
         self.epoch = state_dict["epoch"]
+        self.optimizers_are_stale = state_dict["crossing"]
 
     def _in_order(self, parts: Sequence[Samples | None]) -> list[DataLoader[Any]]:
-        return [
-            self._loader(samples, range(len(cast(Any, samples)))) for samples in parts if samples is not None
-        ]
+        return [self._loader(samples, None) for samples in parts if samples is not None]
 
-    def _loader(self, samples: Samples, order: Sampler[int] | range) -> DataLoader[Any]:
+    def _loader(self, samples: Samples, order: _EpochOrder | None) -> DataLoader[Any]:
         held = MappedDataset(samples) if isinstance(samples, TensorDataset) else samples
         collate: Callable[[Any], Any] | None = None
         if isinstance(held, MappedDataset) and held.in_memory:
             held, collate = _Batches(held), _as_it_is
-        return DataLoader(
+        kind = DataLoader[Any] if order is None else _EpochLoader
+        return kind(
             held,
-            batch_sampler=BatchSampler(order, self.batch_size, drop_last=False),
+            batch_size=self.batch_size,
+            sampler=order,
             num_workers=self.num_workers,
             collate_fn=collate,
+            # Of its own: else each loader would draw from the global random numbers, how often depends on
+            # whether a fit was resumed.
+            generator=_generator(order.key if order else (self.seed,)),
         )
 
 
-class _EpochOrder(Sampler[int]):
-    """A random order of the samples that depends on its key (seed, task, epoch) alone."""
+def _generator(key: tuple[int, ...]) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(str(key)).getrandbits(63))
 
-    def __init__(self, samples: int, key: tuple[int, int, int]) -> None:
-        self._samples = samples
-        self._key = key
 
-    def __len__(self) -> int:
-        return self._samples
+class _EpochOrder(DistributedSampler[Any]):
+    """A random order of the samples that depends on its key (seed, task, epoch) alone.
+
+    Each process has every so-many-th of them; a few come twice, so that all have as many.
+    """
+
+    def __init__(self, samples: Dataset[Any], key: tuple[int, int, int]) -> None:
+        rank, processes_ = processes.place()
+        super().__init__(samples, processes_, rank, shuffle=False)
+        self.key = key
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(random.Random(str(self._key)).getrandbits(63))
-        yield from torch.randperm(self._samples, generator=generator).tolist()
+        order = torch.randperm(len(cast(Any, self.dataset)), generator=_generator(self.key))
+        repeated = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+        yield from repeated[self.rank :: self.num_replicas][self.skipped :].tolist()
+
+
+class _EpochLoader(DataLoader[Any]):
+    """A loader that goes on after the batches given when a checkpoint was saved within its epoch."""
+
+    def __iter__(self) -> Any:
+        self._given = getattr(self.sampler, "skipped", 0) // cast(int, self.batch_size)
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which epoch it is of, and how much of it was given."""
+        return {"key": getattr(self.sampler, "key", None), "given": getattr(self, "_given", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a loader of the same epoch was; one of another begins."""
+        if isinstance(self.sampler, _EpochOrder) and state_dict["key"] == self.sampler.key:
+            self.sampler.skipped = state_dict["given"] * cast(int, self.batch_size)
 
 
 class _Batches(Dataset[Any]):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_blip.bits import LARGEST_MAX_BITS, Paced, exact_bits
 from lightning_blip.fisher.kronecker import Factors
 from lightning_blip.information import information_gain
+from lightning_blip.saved import check_number, check_tensor
 
 
 @dataclass
@@ -228,6 +229,28 @@ class KroneckerBits(Paced):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to restore it exactly."""
         return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> KroneckerBits:
+        """Restores what :meth:`state_dict` saved, exactly.
+
+        Raises:
+            ValueError: If it is not what :meth:`state_dict` gives.
+        """
+        floats = [torch.float32, torch.float64]
+        out, inputs = state["anchor"].shape
+        check_tensor(state, "anchor", floats, (out, inputs))
+        for side, size in (("input", inputs), ("output", out)):
+            kept = len(state[f"{side}_values"])
+            check_tensor(state, f"{side}_values", floats, (kept,))
+            check_tensor(state, f"{side}_basis", floats, (size, kept))
+            check_number(state, f"{side}_rest", 0)
+        for name in ("prior", "bound"):
+            check_number(state, name, torch.finfo(torch.float32).tiny)
+        for name in ("tasks", "total", "steps", "rate"):
+            check_number(state, name, 0)
+        check_number(state, "max_bits", 1, LARGEST_MAX_BITS)
+        return cls(**state)
 
 
 def as_matrix(parameters: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lightning_blip.information import Rule, consolidate, rule_precision
 from lightning_blip.kronecker import KroneckerBits, as_matrix
 
 Basis = Literal["diagonal", "kronecker"]
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass
@@ -64,12 +66,7 @@ class FrozenNetwork:
             ValueError: If the network is another.
         """
         own = dict(module.named_parameters())
-        missing = [name for name in self.names if name not in own]
-        if missing:
-            raise ValueError(
-                f"The module has no parameters {missing}, which BLIP has learned about: "
-                "use a new BLIP() for another network"
-            )
+        self._check_fits(own)
         known = set(self.names)
         new = {name: theta for name, theta in tracked.items() if name not in known}
         fans = _fans(module)
@@ -86,11 +83,8 @@ class FrozenNetwork:
         for name, frozen in self.parameters.items():
             if frozen.packed.device != own[name].device:
                 self.parameters[name] = frozen.to(own[name].device)
-            try:
-                # Lightning restores the module before it asks callbacks to start.
+            with _naming(name):  # Lightning restores the module before it asks callbacks to start
                 self.parameters[name].locate(own[name])
-            except ValueError as error:
-                raise ValueError(f"Parameter {name!r}: {error}") from error
         for name, layer in self.layers.items():
             if layer.anchor.device != own[name].device:
                 self.layers[name] = layer.to(own[name].device)
@@ -238,16 +232,49 @@ class FrozenNetwork:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from what was saved."""
-        self.parameters = {
-            name: FrozenBits.from_state_dict(state) for name, state in state_dict["parameters"].items()
-        }
-        self.layers = {name: KroneckerBits(**state) for name, state in state_dict["layers"].items()}
-        self.biases = dict(state_dict["biases"])
+        """Goes on from what was saved.
 
-    def _of_layer(self, own: Mapping[str, nn.Parameter], name: str) -> list[nn.Parameter]:
+        Raises:
+            ValueError: If it is damaged; it names the parameter.
+        """
+        self.parameters, self.layers = {}, {}
+        for name, state in state_dict["parameters"].items():
+            with _naming(name):
+                self.parameters[name] = FrozenBits.from_state_dict(state)
+        for name, state in state_dict["layers"].items():
+            with _naming(name):
+                self.layers[name] = KroneckerBits.from_state_dict(state)
+        self.biases = {name: state_dict["biases"][name] for name in self.layers}
+
+    def _check_fits(self, own: Mapping[str, Tensor]) -> None:
+        """Refuses another network, and names the first difference."""
+        advice = "use a new BLIP() for another network"
+        for name in self.names:
+            if name not in own:
+                raise ValueError(f"BLIP has learned about {name!r}, which the module does not have: {advice}")
+        states = self.states
+        for name in (name for name in own if name in states):
+            state = states[name]
+            saved = state.packed if isinstance(state, FrozenBits) else state.anchor
+            theta = own[name] if name in self.parameters else as_matrix(self._of_layer(own, name))
+            if saved.shape != theta.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(theta.shape)} here, and {tuple(saved.shape)} in what BLIP "
+                    f"has learned: {advice}"
+                )
+
+    def _of_layer(self, own: Mapping[str, T], name: str) -> list[T]:
         bias = self.biases[name]
         return [own[name]] if bias is None else [own[name], own[bias]]
+
+
+@contextmanager
+def _naming(parameter: str) -> Iterator[None]:
+    """Has an error say which parameter it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Parameter {parameter!r}: {error}") from error
 
 
 def damped(

@@ -417,7 +417,7 @@ def test_gradients_that_are_not_finite_change_nothing():
 def test_another_network_is_refused():
     blip = BLIP()
     blip.consolidate(nn.Linear(8, 6), loader())
-    with pytest.raises(ValueError, match=r"no parameters \['weight', 'bias'\]"):
+    with pytest.raises(ValueError, match="learned about 'weight', which the module does not have"):
         blip.consolidate(nn.Sequential(nn.Linear(8, 6)), loader())
 
 
@@ -456,12 +456,6 @@ class NoForward(pl.LightningModule):
 def test_bad_arguments_get_one_clear_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"2 processes, .* devices=1"):
-        BLIP().on_fit_start(pl.Trainer(**QUIET), Net())
 
 
 def test_batches_that_cannot_be_read_are_refused_at_the_first_one():

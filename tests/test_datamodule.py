@@ -90,10 +90,10 @@ def test_while_a_task_closes_a_checkpoint_says_it_is_learned():
     tasks.end_epoch()
     tasks.end_epoch()
     tasks.close_task()
-    assert tasks.state_dict() == {"learned": 1, "epoch": 0}
+    assert tasks.state_dict() == {"learned": 1, "epoch": 0, "crossing": True}
     assert len(tasks.val_dataloader()) == 1
     tasks.next_task()
-    assert tasks.state_dict() == {"learned": 1, "epoch": 0}
+    assert tasks.state_dict() == {"learned": 1, "epoch": 0, "crossing": False}
 
 
 def test_after_the_last_task_it_stays_shown():

@@ -34,16 +34,19 @@ class Batch:
         return tensor.ndim > 0 and tensor.shape[0] == self.size
 
 
-def read(batches: Iterable[Any], samples: int | None, device: torch.device) -> Iterator[Batch]:
-    """The batches on ``device``, no more than ``samples`` samples in all."""
+def read(
+    batches: Iterable[Any], samples: int | None, device: torch.device, parts: int = 1
+) -> Iterator[Batch]:
+    """The batches on ``device``, in so many parts each, no more than ``samples`` samples in all."""
     left = samples
     for index, pair in enumerate(batches):
         batch = _open(pair, index, device)
         if left is not None:
             batch = batch[: min(left, batch.size)]
             left -= batch.size
-        if batch.size:
-            yield batch
+        size = -(-batch.size // parts)
+        for start in range(0, batch.size, max(1, size)):
+            yield batch[start : start + size] if parts > 1 else batch
         # Asked before the next batch is fetched: loading one only to throw it away may be slow.
         if left == 0:
             return

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from lightning_blip.fisher.batches import Batch, read
 from lightning_blip.fisher.gradients import Observer
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.fisher.likelihood import find_likelihood
+from lightning_blip.fisher.likelihood import Draws, find_likelihood
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.probe import probe
 from lightning_blip.fisher.recorder import Recorder
@@ -30,6 +30,8 @@ def diagonal_fisher(
     smoothing: float = 0.0,
     parameters: Iterable[str] | None = None,
     observers: Iterable[Observer] = (),
+    part: tuple[int, int] = (0, 1),
+    parts: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]:
     r"""The diagonal of the Fisher information matrix of any module, one value for each parameter.
@@ -70,6 +72,9 @@ def diagonal_fisher(
             or yes and no. With 0 it is the Fisher information, which vanishes where the module is sure.
         parameters: The names of the parameters to estimate; default, all that require gradients.
         observers: See the same gradients, for more than their squares.
+        part: (k, n) where n processes have every n-th sample each, this one those from the k-th on: labels
+            are then drawn as by one process that has them all. The estimate is of this part.
+        parts: Into how many each batch is divided, where its samples at once take too much memory.
         progress: Called with the number of samples done since its last call.
 
     Returns:
@@ -106,7 +111,7 @@ def diagonal_fisher(
     wanted = _wanted(module, parameters)
     device = next(iter(wanted.values())).device
     model = Model(module, find_likelihood(likelihood, device, smoothing), sampled=labels == "sampled")
-    generator = Generator().manual_seed(0) if generator is None else generator
+    draws = Draws(Generator().manual_seed(0) if generator is None else generator, *part)
     observers = list(observers)
     done = probed = 0
     with left_as_before(module, device, wanted.values()):
@@ -114,12 +119,12 @@ def diagonal_fisher(
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in wanted.items()
         }
-        for batch in read(batches, samples, device):
+        for batch in read(batches, samples, device, parts):
             if probed < min(batch.size, 2):  # a first batch of one sample says nothing about batches
                 probed = min(batch.size, 2)
                 ruled, rest = probe(model, wanted, batch[:probed])
             with Recorder(module, wanted) as recorder:
-                batch, log_prob = model.label(batch, generator)
+                batch, log_prob = model.label(batch, draws)
             if not ruled.covers(recorder, batch.size):
                 ruled, rest = probe(model, wanted, batch[:2])
                 _check_covers(ruled, recorder, batch)

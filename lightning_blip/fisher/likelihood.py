@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,28 @@ def _without_validation() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for labels, the same however the samples are divided, into batches or among processes.
+
+    Attributes:
+        generator: Of the CPU.
+        rank: Of this process, whose samples are every so-many-th from there on.
+        processes: How many there are.
+    """
+
+    generator: Generator
+    rank: int = 0
+    processes: int = 1
+
+    def uniform(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Uniform draws in (0, 1)."""
+        batch, *rest = shape
+        draws = torch.rand(batch * self.processes, *rest, generator=self.generator, dtype=torch.float64)
+        # Zero, one draw in 2**53, has no quantile in an unbounded distribution.
+        return draws[self.rank :: self.processes].clamp_min_(2.0**-54).to(device)
+
+
 class Likelihood(ABC):
     """A family of distributions p(y | output)."""
 
@@ -35,10 +58,10 @@ class Likelihood(ABC):
         """The log-probability of ``labels``, per sample and position: shape (batch, ...)."""
 
     @abstractmethod
-    def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def draw(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         """Labels drawn from p(y | output). ``targets`` give their layout and the positions left out."""
 
-    def check(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def check(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         """The data's ``targets`` as labels, if they fit ``output``; nothing is drawn."""
         if not isinstance(targets, Tensor):
             raise ValueError(
@@ -61,17 +84,17 @@ class CategoricalLogits(Likelihood):
         return -F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
     @override
-    def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def draw(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         logits = _logits(output).detach()
         logits = logits.movedim(_class_dim(logits, targets), -1)
-        drawn = _draw_class(logits, generator, self._smoothing)
+        drawn = _draw_class(logits, draws, self._smoothing)
         if isinstance(targets, Tensor) and targets.shape == drawn.shape:
             drawn = drawn.masked_fill(targets == IGNORED, IGNORED)
         return drawn
 
     @override
-    def check(self, output: Any, targets: Any, generator: Generator) -> Tensor:
-        labels = super().check(output, targets, generator)
+    def check(self, output: Any, targets: Any, draws: Draws) -> Tensor:
+        labels = super().check(output, targets, draws)
         logits = _logits(output)
         expected = _without(logits.shape, _class_dim(logits, labels))
         if labels.shape != expected or labels.is_floating_point():
@@ -90,14 +113,14 @@ class UnitGaussian(Likelihood):
         return (_tensor(output) - labels).square().mul(-0.5)
 
     @override
-    def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def draw(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         mean = _tensor(output).detach()
-        noise: Tensor = torch.special.ndtri(_uniform(mean.shape, mean.device, generator))
+        noise: Tensor = torch.special.ndtri(draws.uniform(mean.shape, mean.device))
         return noise.to(mean.dtype).add(mean)
 
     @override
-    def check(self, output: Any, targets: Any, generator: Generator) -> Tensor:
-        return _like_output(super().check(output, targets, generator), _tensor(output))
+    def check(self, output: Any, targets: Any, draws: Draws) -> Tensor:
+        return _like_output(super().check(output, targets, draws), _tensor(output))
 
 
 class BernoulliLogits(Likelihood):
@@ -111,13 +134,13 @@ class BernoulliLogits(Likelihood):
         return -F.binary_cross_entropy_with_logits(_tensor(output), labels, reduction="none")
 
     @override
-    def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def draw(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         logits = _tensor(output).detach()
-        return _draw_yes(logits.double().sigmoid(), generator, self._smoothing).to(logits.dtype)
+        return _draw_yes(logits.double().sigmoid(), draws, self._smoothing).to(logits.dtype)
 
     @override
-    def check(self, output: Any, targets: Any, generator: Generator) -> Tensor:
-        return _like_output(super().check(output, targets, generator), _tensor(output))
+    def check(self, output: Any, targets: Any, draws: Draws) -> Tensor:
+        return _like_output(super().check(output, targets, draws), _tensor(output))
 
 
 class FromDistribution(Likelihood):
@@ -145,26 +168,26 @@ class FromDistribution(Likelihood):
     @override
     @torch.no_grad()
     @_without_validation()
-    def draw(self, output: Any, targets: Any, generator: Generator) -> Tensor:
+    def draw(self, output: Any, targets: Any, draws: Draws) -> Tensor:
         distribution = self._distribution(output)
         while isinstance(distribution, Independent):
             distribution = distribution.base_dist
         if isinstance(distribution, Categorical):
-            return _draw_class(distribution.logits, generator, self._smoothing)
+            return _draw_class(distribution.logits, draws, self._smoothing)
         if isinstance(distribution, Bernoulli):
-            drawn = _draw_yes(distribution.probs.double(), generator, self._smoothing)
+            drawn = _draw_yes(distribution.probs.double(), draws, self._smoothing)
             return drawn.to(distribution.probs.dtype)
-        return self._draw_by_quantile(distribution, generator)
+        return self._draw_by_quantile(distribution, draws)
 
-    def _draw_by_quantile(self, distribution: Distribution, generator: Generator) -> Tensor:
-        state = generator.get_state()
-        level = _uniform(distribution.batch_shape + distribution.event_shape, self._device, generator)
+    def _draw_by_quantile(self, distribution: Distribution, draws: Draws) -> Tensor:
+        state = draws.generator.get_state()
+        level = draws.uniform(distribution.batch_shape + distribution.event_shape, self._device)
         try:
             dtype = distribution.mean.dtype
             return distribution.icdf(level.to(dtype).clamp_max_(1 - torch.finfo(dtype).eps))
         except NotImplementedError:
-            generator.set_state(state)
-        seed = int(torch.randint(2**62, (), generator=generator))
+            draws.generator.set_state(state)
+        seed = int(torch.randint(2**62, (), generator=draws.generator)) + draws.rank
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
@@ -234,17 +257,10 @@ def _like_output(targets: Tensor, output: Tensor) -> Tensor:
     return targets.reshape(output.shape).to(output.dtype)
 
 
-def _uniform(shape: torch.Size, device: torch.device, generator: Generator) -> Tensor:
-    """Uniform draws in (0, 1), the same numbers however the samples are divided into batches."""
-    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
-    # Zero, one draw in 2**53, has no quantile in an unbounded distribution.
-    return draws.clamp_min_(2.0**-54).to(device)
-
-
-def _draw_class(logits: Tensor, generator: Generator, smoothing: float) -> Tensor:
+def _draw_class(logits: Tensor, draws: Draws, smoothing: float) -> Tensor:
     """Class indices by inverse CDF; the classes are the last dimension."""
     cdf = logits.double().softmax(-1).lerp_(_even(logits), smoothing).cumsum(-1)
-    level = _uniform(logits.shape[:-1], logits.device, generator).unsqueeze(-1) * cdf[..., -1:]
+    level = draws.uniform(logits.shape[:-1], logits.device).unsqueeze(-1) * cdf[..., -1:]
     return (cdf <= level).sum(-1).clamp_max(logits.shape[-1] - 1)
 
 
@@ -252,7 +268,7 @@ def _even(logits: Tensor) -> Tensor:
     return logits.new_full((), 1 / logits.shape[-1], dtype=torch.float64)
 
 
-def _draw_yes(probability: Tensor, generator: Generator, smoothing: float) -> Tensor:
-    return _uniform(probability.shape, probability.device, generator) < probability.lerp(
+def _draw_yes(probability: Tensor, draws: Draws, smoothing: float) -> Tensor:
+    return draws.uniform(probability.shape, probability.device) < probability.lerp(
         torch.full_like(probability, 0.5), smoothing
     )

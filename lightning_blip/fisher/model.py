@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_blip.fisher.batches import Batch, arguments
-from lightning_blip.fisher.likelihood import Likelihood
+from lightning_blip.fisher.likelihood import Draws, Likelihood
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Model:
     likelihood: Likelihood
     sampled: bool
 
-    def label(self, batch: Batch, generator: Generator) -> tuple[Batch, Tensor]:
+    def label(self, batch: Batch, draws: Draws) -> tuple[Batch, Tensor]:
         """``batch`` labelled, in place of the data's targets, and the log-probability of each sample."""
         args, kwargs = arguments(batch.inputs)
         output = self.module(*args, **kwargs)
         choose = self.likelihood.draw if self.sampled else self.likelihood.check
         with torch._C.DisableTorchFunction():  # labels depend on no parameter: who watches need not look
-            labelled = replace(batch, labels=choose(output, batch.labels, generator))
+            labelled = replace(batch, labels=choose(output, batch.labels, draws))
         log_prob = self._of_output(output, labelled)
         if not log_prob.isfinite().all():
             raise FloatingPointError(

@@ -13,6 +13,7 @@ from lightning_blip.fisher.batches import Batch
 from lightning_blip.fisher.fallback import PerSample, naming, tolerance
 from lightning_blip.fisher.gradients import BUDGET_BYTES, SampleGradients, add, along
 from lightning_blip.fisher.layout import Layout, layouts_of
+from lightning_blip.fisher.likelihood import Draws
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.recorder import Call, Key, Recorder, backward
 from lightning_blip.fisher.ruled import Ruled
@@ -41,7 +42,7 @@ def probe(model: Model, wanted: Mapping[str, nn.Parameter], batch: Batch) -> tup
     """
     with Recorder(model.module, wanted) as recorder:
         # Labels of its own: the caller's generator must not depend on this look.
-        batch, log_probs = model.label(batch, Generator().manual_seed(0))
+        batch, log_probs = model.label(batch, Draws(Generator().manual_seed(0)))
     _check_alone(model, batch[-1:], log_probs[-1:])
     with naming(wanted):
         _, of_first = _backward(log_probs[0], recorder, [])

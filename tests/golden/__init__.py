@@ -1,0 +1,1 @@
+"""Checkpoints as each version of the saved state was written."""

@@ -1,0 +1,56 @@
+"""Two processes on gloo: each sees a part of the samples, and both come to what one with all would."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_blip import processes
+
+
+def learn(folder, count, *arguments):
+    """What each of so many processes has at the end of a small stream."""
+    script = [sys.executable, "-m", "tests.processes.run", str(folder), str(count), *arguments]
+    environment = {**os.environ, "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("basis", "heads", "norm", "strengths"),
+    [
+        ("diagonal", "shared", "plain", "given"),
+        ("kronecker", "heads", "plain", "chosen"),
+        ("diagonal", "heads", "norm", "chosen"),
+    ],
+)
+def test_two_processes_freeze_the_same_bits_as_each_other_and_as_one(tmp_path, basis, heads, norm, strengths):
+    first, second = learn(tmp_path, 2, basis, heads, norm, strengths)
+    for part in ("weights", "bits", "precision"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part]), part
+    assert first["chosen"] == second["chosen"]
+    assert not torch.equal(first["samples"], second["samples"])
+    if norm == "norm":  # its statistics are those of a part of a batch: another network than in one process
+        return
+    (alone,) = learn(tmp_path, 1, basis, heads, norm, strengths)
+    together = torch.cat([first["samples"], second["samples"]])
+    assert sorted(together.flatten().tolist()) == sorted(alone["samples"].flatten().tolist())
+    for name, bits in alone["bits"].items():
+        assert torch.equal(first["bits"][name], bits), name
+        torch.testing.assert_close(first["precision"][name], alone["precision"][name], rtol=1e-3, atol=0)
+    # In the Kronecker basis the last digit of sums decides how the directions lie that no sample told about,
+    # and so the walls across them.
+    if basis == "diagonal":
+        for name, theta in alone["weights"].items():
+            torch.testing.assert_close(first["weights"][name], theta, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(first["matrix"], alone["matrix"], equal_nan=True)
+
+
+def test_alone_nothing_is_exchanged():
+    value = torch.tensor([1.0])
+    assert processes.average(value) is value
+    processes.share_buffers(torch.nn.BatchNorm1d(1))
+    assert processes.gathered(value) == [value]
