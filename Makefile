@@ -3,7 +3,7 @@ DATA ?= data
 TABLE ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test benchmarks clean
+.PHONY: demo test nightly benchmarks clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
@@ -13,6 +13,10 @@ test: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# What takes too long for each change: forty kills, hundreds of random fits.
+nightly: .venv/.ready
+	$(BIN)/pytest -n 2 -m nightly
 
 # All methods on all streams of a table (cpu, long or cuda); DATA is the folder of the data sets. Goes on where it was
 # broken off.

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 # What Lightning puts where the user gave the Trainer no max_epochs.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
+# Entries of a checkpoint.
 _RANDOM = "random_states"
+_LOGGED = "callback_metrics"
+_ENDED = "epochs_ended"
 
 
 class TaskBoundaries(Callback):
@@ -53,6 +56,8 @@ class TaskBoundaries(Callback):
         self._heads: list[TaskHeads] = []
         self._active_before: list[int] = []
         self._random: dict[str, Any] | None = None
+        self._logged: dict[str, Tensor] = {}
+        self._ended: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Sets the number of epochs to that of the whole sequence, unless the user's is smaller."""
@@ -88,9 +93,7 @@ class TaskBoundaries(Callback):
             self._set_up_optimizers(trainer)
             tasks.optimizers_are_stale = False
         self._start_task(trainer, pl_module)
-        if self._random is not None:
-            set_random_state(self._random)
-            self._random = None
+        self._go_on(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps what schedulers and checkpoints saw of the last task away from this one."""
@@ -108,6 +111,9 @@ class TaskBoundaries(Callback):
         stoppings = [callback for callback in _callbacks(trainer) if isinstance(callback, TaskStopping)]
         stopped = [stopping.observe(trainer, pl_module, tasks.task) for stopping in stoppings]
         if not tasks.end_epoch() and not any(stopped):
+            if trainer.fit_loop.restarting:
+                # Resumed from the validation of this epoch: Lightning then leaves this out.
+                trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
             return
         for stopping in stoppings:
             stopping.restore(pl_module)
@@ -149,8 +155,10 @@ class TaskBoundaries(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the states of the random number generators, of every process."""
+        """Keeps what Lightning does not: the states of the random number generators, and what was logged."""
         checkpoint[_RANDOM] = processes.gathered(random_state())
+        checkpoint[_ENDED] = _epochs_done(trainer)
+        checkpoint[_LOGGED] = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -158,11 +166,31 @@ class TaskBoundaries(Callback):
         """Goes back to them when training goes on."""
         if trainer.state.fn != "fit":
             return
+        self._logged = {name: torch.tensor(value) for name, value in checkpoint.get(_LOGGED, {}).items()}
+        self._ended = checkpoint.get(_ENDED)
         states, (rank, count) = checkpoint.get(_RANDOM, []), processes.place()
         if len(states) == count:
             self._random = states[rank]
         if has_tasks(trainer):
             _show_one_task(trainer)
+
+    def _go_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Does what a resumed fit lacks to be as the unbroken one was when the checkpoint was saved."""
+        trainer.callback_metrics.update(self._logged)
+        self._logged = {}
+        if getattr(trainer.fit_loop, "resumed_on_epoch_end", False):
+            # Lightning updates schedulers on plateau after it has saved, and does not make up for it.
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
+        ended, self._ended = self._ended, None
+        if ended is not None and _epochs_done(trainer) > ended:
+            # Saved after the last batch of an epoch, whose end Lightning then passes over.
+            _validate(trainer)
+            self.on_train_epoch_end(trainer, pl_module)
+            trainer.fit_loop.epoch_loop.val_loop._combined_loader = None  # they may be of one task more
+            trainer.fit_loop.reset_restart_stage()  # what comes is the beginning of an epoch
 
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = sequence(trainer).task
@@ -185,8 +213,7 @@ class TaskBoundaries(Callback):
             heads.active = task
 
     def _limit_epochs(self, trainer: pl.Trainer) -> None:
-        done: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        limit = done + sequence(trainer).remaining_epochs
+        limit = _epochs_done(trainer) + sequence(trainer).remaining_epochs
         self._limit = limit if self._users_limit is None else min(limit, self._users_limit)
         trainer.fit_loop.max_epochs = self._limit
 
@@ -417,6 +444,10 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
+def _epochs_done(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
+
+
 def _call_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, task: Task) -> None:
     for listener in (*_callbacks(trainer), pl_module):
         hook = getattr(listener, name, None)
@@ -430,6 +461,7 @@ def _validate(trainer: pl.Trainer) -> None:
     if not trainer.enable_validation or not overrides(trainer.lightning_module, "validation_step"):
         return
     first_iteration = trainer._logger_connector._first_loop_iter
+    loop.restarting = False  # where the fit was resumed, it would take up the validation of the checkpoint
     trainer.validating = True
     loop.run()
     trainer.training = True
