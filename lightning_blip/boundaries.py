@@ -226,6 +226,8 @@ class TaskStopping(Callback):
 
     Args:
         monitor: A value that the module logs every epoch; in validation that of the current task is watched.
+            (Of a value logged in training, a fit resumed from a checkpoint that was saved right after the
+            validation does not know that epoch's: save at the end of the training epoch.)
         patience: How many epochs without improvement end a task: one number, or one a task.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
         min_delta: The least change that counts as improvement, in the units of the value.

@@ -346,3 +346,29 @@ def test_a_module_without_validation_trains_through_all_tasks():
     tasks = pairs()
     fit(tasks, Blind())
     assert tasks.learned == 3
+
+
+def test_task_stopping_goes_on_from_a_checkpoint_of_the_validation(tmp_path):
+    def parts():
+        torch.manual_seed(1)
+        return Scripted([5.0, 4.0, 3.0, 2.0]), Recorder(), TaskStopping("score", 2, "max")
+
+    module, unbroken, stopping = parts()
+    fit(pairs(epochs_per_task=9), module, [unbroken, stopping])
+    for stop in (1, 2, 3):
+        module, recorder, stopping = parts()
+        saving = ModelCheckpoint(tmp_path / f"{stop}", save_last=True, save_on_train_epoch_end=False)
+        with pytest.raises(RuntimeError, match="crash"):
+            fit(pairs(epochs_per_task=9), module, [recorder, stopping, Crash(stop), saving],
+                enable_checkpointing=True)  # fmt: skip
+        module, resumed, stopping = parts()
+        fit(
+            pairs(epochs_per_task=9),
+            module,
+            [resumed, stopping],
+            ckpt_path=tmp_path / f"{stop}" / "last.ckpt",
+        )
+        ends = [event for event in unbroken.events if event[0] == "end"]
+        assert [event for event in resumed.events if event[0] == "end"][-3:] == ends
+        epochs = sum(event[0] == "epoch" for event in unbroken.events)
+        assert stop + sum(event[0] == "epoch" for event in resumed.events) == epochs

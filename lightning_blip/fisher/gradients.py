@@ -83,7 +83,7 @@ class SampleGradients(ABC):
             (blocks, block, block).
         """
         starts = range(0, self.count // block * block, block)
-        rows = (self.rows(slice(start, start + block)).flatten(1) for start in starts)
+        rows = (self.rows(slice(start, start + block)).reshape(block, -1) for start in starts)
         return torch.stack([part @ part.T for part in rows])
 
     def chunks(self, total: Tensor, elements: int | None = None) -> Iterator[slice]:
