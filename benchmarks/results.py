@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.markdown import markdown_table
 from benchmarks.methods import METHODS
-from benchmarks.plan import PARTS, Entry, Part
+from benchmarks.plan import PARTS, Entry, Job, Part
 from benchmarks.record import Record
 from benchmarks.run import spread
 
@@ -42,7 +42,8 @@ is typed by hand but the published ones.
 - **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
 - Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
   defaults. Every other method has its one main setting searched, on the first three tasks of seed 0, over
-  four values; on `three_sets` it is what was found on `split_cifar10`.
+  four values; on `three_sets` it is what was found on `split_cifar10`. A value with which the whole stream
+  diverges gives way to the next best.
 - Joint training has all tasks at once: the ceiling, no method.
 """
 
@@ -146,7 +147,7 @@ def row_of(entry: Entry, folder: Path) -> Row | None:
 
 def _paths_of_best(entry: Entry, folder: Path) -> list[Path]:
     """Where the records of the seeds lie; none before the search is over."""
-    searched = all(job.path(folder).exists() for job in entry.search)
+    searched = all(job.ended(folder) for job in entry.search)
     return [job.path(folder) for job in entry.seeds_of_best(folder)] if searched else []
 
 
@@ -230,15 +231,23 @@ def _searches(part: Part, folder: Path) -> str:
     """What each value of a setting came to in the search."""
     lines = []
     for entry in part.entries:
-        tried = [(job.run.settings, job.path(folder)) for job in entry.search]
-        if tried and all(path.exists() for _, path in tried):
-            values = [
-                f"{value:g}: {Record.read(path).ACC:.2f}" for one, path in tried for value in one.values()
-            ]
-            lines.append(
-                f"{METHODS[entry.method].title}, {METHODS[entry.method].setting} = {', '.join(values)}"
-            )
+        if entry.search and all(job.ended(folder) for job in entry.search):
+            values = ", ".join(_value(entry, job, folder) for job in entry.search)
+            lines.append(f"{METHODS[entry.method].title}, {METHODS[entry.method].setting} = {values}")
     return f"Searched (ACC on the first three tasks): {'; '.join(lines)}." if lines else ""
+
+
+def _value(entry: Entry, job: Job, folder: Path) -> str:
+    """A value, and what it came to."""
+    (value,) = job.run.settings.values()
+    score = "diverged" if job.diverged(folder).exists() else f"{job.score(folder):.2f}"
+    whole = entry.seeds(job.run.settings)
+    later = (
+        ", which diverged over the whole stream"
+        if any(one.diverged(folder).exists() for one in whole)
+        else ""
+    )
+    return f"{value:g}: {score}{later}"
 
 
 def checks(folder: Path) -> str:

@@ -69,6 +69,10 @@ class Run:
         label = "-".join(quote(part, safe="=") for part in self.label)
         return folder / f"{label}-seed{seed}.json"
 
+    def diverged(self, folder: Path, seed: int) -> Path:
+        """Where it says so of a seed that diverged, which has no record."""
+        return self.path(folder, seed).with_suffix(".diverged")
+
     def record(self, data: Path, out: Path, seed: int, device: str = "cpu", report: Report = tell) -> Record:
         """The record of a seed: as it is kept, or else of the stream learned now.
 
@@ -81,14 +85,23 @@ class Run:
 
         Returns:
             The record.
+
+        Raises:
+            FloatingPointError: If the weights diverge.
         """
         path = self.path(out, seed)
         if path.exists():
             report(f"{path} is there already", 1.0)
         else:
             unfinished = path.with_suffix(".ckpt")
-            self.learn(data, seed, device, report, unfinished).write(path)
-            unfinished.unlink(missing_ok=True)
+            try:
+                self.learn(data, seed, device, report, unfinished).write(path)
+            except FloatingPointError as error:
+                self.diverged(out, seed).write_text(f"{error}\n")
+                raise
+            finally:
+                if path.exists() or self.diverged(out, seed).exists():
+                    unfinished.unlink(missing_ok=True)
         return Record.read(path)
 
     def learn(
@@ -204,6 +217,8 @@ class _Watch(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         tasks = sequence(trainer).tasks
+        if not all(theta.isfinite().all() for theta in pl_module.parameters()):
+            raise FloatingPointError(f"The weights are not finite after {task}")
         if self.at_first and task.index + 1 < len(tasks):
             self.ahead.append(accuracy(cast(Classifier, pl_module), tasks[task.index + 1]))
         if isinstance(self.method, BLIP):

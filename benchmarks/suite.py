@@ -105,7 +105,8 @@ class Suite:
         path = self._running.pop(future).path(self.out)
         self._where.pop(path, None)
         error = future.exception()
-        if error is not None:
+        # One that diverged has left word of it.
+        if error is not None and not path.with_suffix(".diverged").exists():
             self.failed[path] = error
         self._look()
 

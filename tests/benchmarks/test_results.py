@@ -57,6 +57,20 @@ def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
     assert entry.left(tmp_path) == []
 
 
+def test_a_value_with_which_the_whole_stream_diverges_gives_way_to_the_next_best(records, tmp_path):
+    entry = Entry(PART, "ewc")
+    best = entry.seeds_of_best(records)
+    assert best[0].run.settings == {"strength": 30}
+    best[1].diverged(records).write_text("not finite")
+    assert [job.run.settings for job in entry.left(records)] == [{"strength": 100}] * 2
+    assert results.row_of(entry, records) is None
+    text = results.section(PART, records, tmp_path)
+    assert "30: 75.00, which diverged over the whole stream, 100: 62.00" in text
+    for job in entry.search:
+        job.diverged(records).write_text("not finite")
+    assert "100: diverged." in results.section(PART, records, tmp_path)
+
+
 def test_a_setting_can_be_searched_on_another_stream(tmp_path):
     entry = Entry(Part("three_sets", seeds=1, epochs=1, searched_on=PART), "ewc")
     assert entry.left(tmp_path) == Entry(PART, "ewc").left(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def test_a_run_that_was_broken_off_goes_on_after_the_last_task(method, data, tmp
     changes = {"seconds": 0.0}
     assert replace(record, **changes) == replace(unbroken, **changes)
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_run_that_diverges_leaves_word_and_no_record(data, tmp_path):
+    usual = PROTOCOLS["split_fashion"]
+    protocol = replace(usual, tasks=2, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e38))
+    wild = run.Run(protocol, "finetune", {})
+    with pytest.raises(FloatingPointError):
+        wild.record(data, tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == [wild.diverged(tmp_path, 0).name]
 
 
 def test_joint_training_scores_every_task_at_the_end(runner):
