@@ -15,4 +15,3 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    torch.set_grad_enabled(True)  # a fit that was broken off by an error may have left it off

@@ -120,11 +120,12 @@ def layer_inputs(
         # Of a convolution there are far too many patches to keep them all.
         triangles[name] = torch.linalg.qr(torch.cat([seen, rows]), mode="r").R
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for name, layer in layers.items():
             watch = layer.register_forward_pre_hook(lambda layer, args, name=name: see(name, layer, args[0]))
             stack.enter_context(watch)
         stack.enter_context(left_as_before(module, device, ()))
+        stack.enter_context(torch.no_grad())
         for batch in read(batches, samples, device):
             module(batch.inputs)
     return {name: triangles[name].T for name in layers if name in triangles}

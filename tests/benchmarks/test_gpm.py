@@ -94,6 +94,7 @@ def test_inputs_are_what_the_layer_multiplies_with_its_weights(layer):
     torch.testing.assert_close(weights @ R @ R.T @ weights.T, outputs @ outputs.T, rtol=1e-4, atol=1e-3)
     assert module.training
     assert not layer._forward_pre_hooks
+    assert torch.is_grad_enabled()
 
 
 def held(M, R):
