@@ -97,11 +97,11 @@ class Run:
             try:
                 self.learn(data, seed, device, report, unfinished).write(path)
             except FloatingPointError as error:
+                out.mkdir(parents=True, exist_ok=True)
                 self.diverged(out, seed).write_text(f"{error}\n")
+                unfinished.unlink(missing_ok=True)
                 raise
-            finally:
-                if path.exists() or self.diverged(out, seed).exists():
-                    unfinished.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         return Record.read(path)
 
     def learn(

@@ -102,12 +102,12 @@ class Suite:
         return bool(self._running)
 
     def _end(self, future: Future[None]) -> None:
-        path = self._running.pop(future).path(self.out)
-        self._where.pop(path, None)
+        job = self._running.pop(future)
+        self._where.pop(job.path(self.out), None)
         error = future.exception()
         # One that diverged has left word of it.
-        if error is not None and not path.with_suffix(".diverged").exists():
-            self.failed[path] = error
+        if error is not None and not job.diverged(self.out).exists():
+            self.failed[job.path(self.out)] = error
         self._look()
 
     def _table(self) -> Table:
@@ -128,10 +128,10 @@ def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, 
         yield told.get()
 
 
-def _seconds_an_epoch(out: Path, streams: Iterable[str], machine: str) -> dict[str, float]:
+def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
     """Of each stream that there are records of from such a machine, whatever its number of threads."""
     rates = {}
-    model, _, _ = machine.partition(",")
+    model, _, _ = processor.partition(",")
     for stream in streams:
         records = [Record.read(path) for path in out.glob(f"{stream}-*.json")]
         here = [record for record in records if record.machine.startswith(model)]

@@ -467,14 +467,29 @@ def _middle(code: Tensor, rest: Tensor) -> Tensor:
     return (code >> rest << rest) + (1 << rest >> 1)
 
 
+def check_numbers(state: dict[str, Any]) -> None:
+    """Refuses what cannot be the numbers of a saved state, of a parameter or a layer.
+
+    Args:
+        state: What was saved.
+
+    Raises:
+        ValueError: If it cannot; it names the number.
+
+    Example:
+        >>> check_numbers(FrozenBits.of(torch.zeros(2), bound=1.0, prior=1e-6).state_dict())
+    """
+    for name in ("prior", "bound"):
+        check_number(state, name, torch.finfo(torch.float32).tiny)
+    for name in ("tasks", "total", "steps", "rate"):
+        check_number(state, name, 0)
+    check_number(state, "max_bits", 1, LARGEST_MAX_BITS)
+
+
 def _check_saved(state: dict[str, Any]) -> None:
     shape = state["gained"].shape
     check_tensor(state, "gained", [torch.float16], shape)
-    check_number(state, "prior", torch.finfo(torch.float32).tiny)
-    check_number(state, "bound", torch.finfo(torch.float32).tiny)
-    check_number(state, "max_bits", 1, LARGEST_MAX_BITS)
-    for name in ("tasks", "total", "steps", "rate"):
-        check_number(state, name, 0)
+    check_numbers(state)
     if state["cell"] == "paper":
         check_tensor(state, "packed", [torch.int32], shape)
         return

@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_blip import processes
-from lightning_blip.bases import Callback, overrides
-from lightning_blip.heads import TaskHeads
+from lightning_blip.bases import Callback, callbacks_of, is_a, overrides
+from lightning_blip.heads import TaskHeads, task_heads
 from lightning_blip.randomness import random_state, set_random_state
 from lightning_blip.streams import Task
 
@@ -101,19 +101,18 @@ class TaskBoundaries(Callback):
             for config in trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                     config.scheduler._reset()
-            for callback in _callbacks(trainer):
-                if _is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None):
+            for callback in callbacks_of(trainer):
+                if is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None):
                     _forget_best(callback)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the epoch and, where it was the task's last, crosses the boundary."""
         tasks = sequence(trainer)
-        stoppings = [callback for callback in _callbacks(trainer) if isinstance(callback, TaskStopping)]
+        stoppings = [callback for callback in callbacks_of(trainer) if isinstance(callback, TaskStopping)]
         stopped = [stopping.observe(trainer, pl_module, tasks.task) for stopping in stoppings]
         if not tasks.end_epoch() and not any(stopped):
             if trainer.fit_loop.restarting:
-                # Resumed from the validation of this epoch: Lightning then leaves this out.
-                trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+                _update_on_plateau(trainer)  # resumed from the validation of this epoch
             return
         for stopping in stoppings:
             stopping.restore(pl_module)
@@ -127,7 +126,7 @@ class TaskBoundaries(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the heads to switch, if the loaders are those of the tasks."""
-        self._find_heads(pl_module if has_tasks(trainer) else None)
+        self._heads = task_heads(pl_module) if has_tasks(trainer) else []
         self._active_before = [heads.active for heads in self._heads]
 
     def on_validation_batch_start(
@@ -179,8 +178,7 @@ class TaskBoundaries(Callback):
         trainer.callback_metrics.update(self._logged)
         self._logged = {}
         if getattr(trainer.fit_loop, "resumed_on_epoch_end", False):
-            # Lightning updates schedulers on plateau after it has saved, and does not make up for it.
-            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            _update_on_plateau(trainer)
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
@@ -195,7 +193,7 @@ class TaskBoundaries(Callback):
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task = sequence(trainer).task
         pl_module.zero_grad()  # what the last task has left must not move anything in this one
-        self._find_heads(pl_module)
+        self._heads = task_heads(pl_module)
         self._activate(task.index)
         _call_hook(trainer, pl_module, "on_task_start", task)
 
@@ -203,10 +201,6 @@ class TaskBoundaries(Callback):
         _show_one_task(trainer)
         trainer.strategy.setup_optimizers(trainer)
         self._limit_epochs(trainer)
-
-    def _find_heads(self, pl_module: pl.LightningModule | None) -> None:
-        modules = [] if pl_module is None else pl_module.modules()
-        self._heads = [module for module in modules if isinstance(module, TaskHeads)]
 
     def _activate(self, task: int) -> None:
         for heads in self._heads:
@@ -392,13 +386,13 @@ def _show_one_task(trainer: pl.Trainer) -> None:
 
 def _check_callbacks(trainer: pl.Trainer) -> None:
     """Refuses what takes a sequence of tasks for a single one."""
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         name = type(callback).__name__
-        if _is_a(callback, "EarlyStopping"):
+        if is_a(callback, "EarlyStopping"):
             arguments = {part: getattr(callback, part) for part in ("monitor", "patience", "mode")}
             given = ", ".join(f"{part}={value!r}" for part, value in arguments.items())
             raise ValueError(f"{name} would end the whole fit with a task: use TaskStopping({given}) instead")
-        if _is_a(callback, "StochasticWeightAveraging") or _is_a(callback, "WeightAveraging"):
+        if is_a(callback, "StochasticWeightAveraging", "WeightAveraging"):
             raise ValueError(
                 f"{name} would average weights of different tasks, and undo what is frozen: leave it out; "
                 "BLIP averages the end of each task by itself (average=True, the default)"
@@ -406,18 +400,13 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 
 
 def _check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    heads = any(isinstance(module, TaskHeads) and len(module) > 1 for module in pl_module.modules())
+    heads = any(len(one) > 1 for one in task_heads(pl_module))
     options = getattr(trainer.strategy, "_ddp_kwargs", {"find_unused_parameters": True})
     if heads and not options.get("find_unused_parameters"):
         raise ValueError(
             "TaskHeads leaves the heads of other tasks unused, which plain DDP does not allow: "
             "use strategy='ddp_find_unused_parameters_true'"
         )
-
-
-def _is_a(callback: pl.Callback, name: str) -> bool:
-    """Whether a callback is Lightning's of that name, of whichever of its packages."""
-    return any(kind.__name__ == name for kind in type(callback).__mro__)
 
 
 def _forget_best(checkpoint: Any) -> None:
@@ -442,16 +431,17 @@ def _check_validation_step(pl_module: pl.LightningModule, tasks: TaskSequenceDat
         )
 
 
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
 def _epochs_done(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
 
 
+def _update_on_plateau(trainer: pl.Trainer) -> None:
+    """Lightning updates these schedulers after it has saved, and a resumed fit does not make up for it."""
+    trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
 def _call_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, task: Task) -> None:
-    for listener in (*_callbacks(trainer), pl_module):
+    for listener in (*callbacks_of(trainer), pl_module):
         hook = getattr(listener, name, None)
         if hook is not None:
             hook(trainer, pl_module, task)

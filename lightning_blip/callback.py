@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_blip import processes
 from lightning_blip.averaging import MeanWeights
-from lightning_blip.bases import Callback, overrides
+from lightning_blip.bases import Callback, callbacks_of, is_a, overrides
 from lightning_blip.batches import TaskBatches, inputs_and_targets
 from lightning_blip.bits import LARGEST_MAX_BITS, Cell
 from lightning_blip.boundaries import TaskStopping, has_tasks, log_metrics, sequence
@@ -33,7 +33,7 @@ from lightning_blip.defaults import (
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.kronecker import FactorObserver, Factors
 from lightning_blip.fisher.overlap import OverlapObserver
-from lightning_blip.heads import TaskHeads
+from lightning_blip.heads import task_heads
 from lightning_blip.information import Rule
 from lightning_blip.network import Basis, FrozenNetwork, damped
 from lightning_blip.norm_stats import NormStats, TaskStatistics, freeze, thaw
@@ -320,8 +320,7 @@ class BLIP(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses strategies that it cannot work with, before they change the module."""
-        names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        if not names & {"SingleDeviceStrategy", "DDPStrategy"}:
+        if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
             raise ValueError(
                 f"strategy={type(trainer.strategy).__name__} may divide the parameters, whose bits are "
                 "frozen value by value: use strategy='ddp', or devices=1"
@@ -391,7 +390,7 @@ class BLIP(Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Consolidates the task that was just learned."""
-        if not any(isinstance(one, TaskStopping) and one.restore_best for one in _callbacks(trainer)):
+        if not any(isinstance(one, TaskStopping) and one.restore_best for one in callbacks_of(trainer)):
             self._mean.put_in_place(pl_module)
         batches = TaskBatches(sequence(trainer).train_dataloader(), trainer)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
@@ -493,6 +492,7 @@ class BLIP(Callback):
             ValueError: If the task is neither learned nor the one being learned.
 
         Example:
+            >>> from lightning_blip import TaskHeads
             >>> network, blip = nn.Sequential(nn.BatchNorm1d(4), TaskHeads(4, classes=[2, 2])), BLIP()
             >>> report = blip.consolidate(network, [(torch.randn(8, 4), torch.zeros(8))])
             >>> blip.use_task(network, 1)
@@ -504,7 +504,7 @@ class BLIP(Callback):
                 f"task={task} must be 0 to {self.tasks_learned}: one of the {self.tasks_learned} tasks "
                 f"learned, or {self.tasks_learned} for the one being learned"
             )
-        for heads in _heads(module):
+        for heads in task_heads(module):
             # After the last task there may be no head for a next one.
             if task < len(heads) or task < self.tasks_learned:
                 heads.active = task
@@ -594,7 +594,7 @@ class BLIP(Callback):
         self._network.attach(module, self._tracked(module))
         self._set_prior(module)
         if self.norm_stats is None:
-            self.norm_stats = "per_task" if _heads(module) else "shared"
+            self.norm_stats = "per_task" if task_heads(module) else "shared"
         self._statistics.back(module)
         self._hold_statistics(module)
 
@@ -606,7 +606,7 @@ class BLIP(Callback):
             thaw(module)
 
     def _tracked(self, module: nn.Module) -> dict[str, Tensor]:
-        heads = {id(theta) for part in _heads(module) for theta in part.parameters()}
+        heads = {id(theta) for part in task_heads(module) for theta in part.parameters()}
         trainable = {
             name: theta
             for name, theta in module.named_parameters()
@@ -747,7 +747,7 @@ class BLIP(Callback):
                     factors,
                     *([overlaps] if self.basis == "diagonal" and not self._all_chosen else []),
                 ],
-                part=(rank, count),
+                shard=(rank, count),
                 parts=parts,
                 progress=progress,
             )
@@ -788,14 +788,6 @@ def _newly_frozen(before: Tensor, after: Tensor) -> int:
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def _heads(module: nn.Module) -> list[TaskHeads]:
-    return [part for part in module.modules() if isinstance(part, TaskHeads)]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, cast
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from typing_extensions import Unpack
 
 from lightning_blip import processes, streams
-from lightning_blip.bases import LightningDataModule
+from lightning_blip.bases import LightningDataModule, callbacks_of
 from lightning_blip.boundaries import TaskBoundaries
 from lightning_blip.streams import MappedDataset, Samples, Task
 
@@ -168,7 +167,7 @@ class TaskSequenceDataModule(LightningDataModule):
         """Puts the owner of the boundaries in its place."""
         trainer = self.trainer
         assert trainer is not None
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         if not any(isinstance(callback, TaskBoundaries) for callback in callbacks):
             callbacks.insert(0, TaskBoundaries())
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -276,6 +275,8 @@ class _EpochOrder(DistributedSampler[Any]):
 class _EpochLoader(DataLoader[Any]):
     """A loader that goes on after the batches given when a checkpoint was saved within its epoch."""
 
+    _given = 0
+
     def __iter__(self) -> Any:
         self._given = getattr(self.sampler, "skipped", 0) // cast(int, self.batch_size)
         for batch in super().__iter__():
@@ -284,7 +285,7 @@ class _EpochLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Which epoch it is of, and how much of it was given."""
-        return {"key": getattr(self.sampler, "key", None), "given": getattr(self, "_given", 0)}
+        return {"key": getattr(self.sampler, "key", None), "given": self._given}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a loader of the same epoch was; one of another begins."""

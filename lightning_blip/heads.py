@@ -8,6 +8,22 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 
+def task_heads(module: nn.Module) -> list[TaskHeads]:
+    """All heads per task inside a module.
+
+    Args:
+        module: Any.
+
+    Returns:
+        In the module's order.
+
+    Example:
+        >>> len(task_heads(nn.Sequential(nn.Linear(4, 4), TaskHeads(4, classes=[2, 2]))))
+        1
+    """
+    return [part for part in module.modules() if isinstance(part, TaskHeads)]
+
+
 class TaskHeads(nn.Module):
     """One Linear head per task; the forward pass goes through the active one.
 

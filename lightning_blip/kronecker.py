@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_blip.bits import LARGEST_MAX_BITS, Paced, exact_bits
+from lightning_blip.bits import LARGEST_MAX_BITS, Paced, check_numbers, exact_bits
 from lightning_blip.fisher.kronecker import Factors
 from lightning_blip.information import information_gain
 from lightning_blip.saved import check_number, check_tensor
@@ -245,11 +245,7 @@ class KroneckerBits(Paced):
             check_tensor(state, f"{side}_values", floats, (kept,))
             check_tensor(state, f"{side}_basis", floats, (size, kept))
             check_number(state, f"{side}_rest", 0)
-        for name in ("prior", "bound"):
-            check_number(state, name, torch.finfo(torch.float32).tiny)
-        for name in ("tasks", "total", "steps", "rate"):
-            check_number(state, name, 0)
-        check_number(state, "max_bits", 1, LARGEST_MAX_BITS)
+        check_numbers(state)
         return cls(**state)
 
 

@@ -252,15 +252,15 @@ class FrozenNetwork:
         for name in self.names:
             if name not in own:
                 raise ValueError(f"BLIP has learned about {name!r}, which the module does not have: {advice}")
-        states = self.states
-        for name in (name for name in own if name in states):
-            state = states[name]
-            saved = state.packed if isinstance(state, FrozenBits) else state.anchor
-            theta = own[name] if name in self.parameters else as_matrix(self._of_layer(own, name))
-            if saved.shape != theta.shape:
+        saved = {name: tuple(state.packed.shape) for name, state in self.parameters.items()}
+        saved |= {name: tuple(layer.anchor.shape) for name, layer in self.layers.items()}
+        for name, theta in own.items():
+            shape = tuple(theta.shape)
+            if name in self.layers:
+                shape = (len(theta), theta[0].numel() + (self.biases[name] is not None))
+            if shape != saved.get(name, shape):
                 raise ValueError(
-                    f"{name!r} has shape {tuple(theta.shape)} here, and {tuple(saved.shape)} in what BLIP "
-                    f"has learned: {advice}"
+                    f"{name!r} has shape {shape} here, and {saved[name]} in what BLIP has learned: {advice}"
                 )
 
     def _of_layer(self, own: Mapping[str, T], name: str) -> list[T]:

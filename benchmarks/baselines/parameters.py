@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_blip import TaskHeads
+from lightning_blip.heads import task_heads
 
 
 def tracked(module: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters outside heads per task, by name."""
-    heads = {theta for part in module.modules() if isinstance(part, TaskHeads) for theta in part.parameters()}
+    heads = {theta for part in task_heads(module) for theta in part.parameters()}
     return {
         name: theta for name, theta in module.named_parameters() if theta.requires_grad and theta not in heads
     }

@@ -30,7 +30,7 @@ def diagonal_fisher(
     smoothing: float = 0.0,
     parameters: Iterable[str] | None = None,
     observers: Iterable[Observer] = (),
-    part: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
     parts: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Tensor]:
@@ -72,8 +72,8 @@ def diagonal_fisher(
             or yes and no. With 0 it is the Fisher information, which vanishes where the module is sure.
         parameters: The names of the parameters to estimate; default, all that require gradients.
         observers: See the same gradients, for more than their squares.
-        part: (k, n) where n processes have every n-th sample each, this one those from the k-th on: labels
-            are then drawn as by one process that has them all. The estimate is of this part.
+        shard: (k, n) where n processes have every n-th sample each, this one those from the k-th on: labels
+            are then drawn as by one process that has them all. The estimate is of this shard.
         parts: Into how many each batch is divided, where its samples at once take too much memory.
         progress: Called with the number of samples done since its last call.
 
@@ -111,7 +111,7 @@ def diagonal_fisher(
     wanted = _wanted(module, parameters)
     device = next(iter(wanted.values())).device
     model = Model(module, find_likelihood(likelihood, device, smoothing), sampled=labels == "sampled")
-    draws = Draws(Generator().manual_seed(0) if generator is None else generator, *part)
+    draws = Draws(Generator().manual_seed(0) if generator is None else generator, *shard)
     observers = list(observers)
     done = probed = 0
     with left_as_before(module, device, wanted.values()):
