@@ -592,6 +592,11 @@ class BLIP(Callback):
     def _attach(self, module: nn.Module) -> None:
         """Has a state on the right device for every tracked parameter, and the current task's statistics."""
         self._network.attach(module, self._tracked(module))
+        if not self._network.names:
+            raise ValueError(
+                "No parameter is tracked, since all that are trained are inside TaskHeads or left out: "
+                "nothing can be forgotten, leave out BLIP"
+            )
         self._set_prior(module)
         if self.norm_stats is None:
             self.norm_stats = "per_task" if task_heads(module) else "shared"
@@ -651,7 +656,7 @@ class BLIP(Callback):
         gains = self._network.consolidate(module, fishers, factors)
         shares["newly_frozen"] = sum(_newly_frozen(before[name], bits) for name, bits in self.bits().items())
         for wrapper in self._wrappers:
-            wrapper.pull = self.chosen["pull"]
+            wrapper.pull = self.chosen.get("pull", 0.0)
         if self.norm_stats == "per_task":
             self._statistics.keep(module, self.tasks_learned)
         self.tasks_learned += 1
@@ -677,6 +682,8 @@ class BLIP(Callback):
         own = dict(module.named_parameters())
         # A parameter that is not trained any more keeps what was frozen; nothing moves it.
         moving = [name for name in self._network.names if own[name].requires_grad]
+        if not moving:
+            return {}, {}
         layers = {
             weight: bias
             for weight, bias in self._network.biases.items()
@@ -703,10 +710,15 @@ class BLIP(Callback):
             A, G = processes.average(factor.A), processes.average(factor.G)
             calibrated[weight] = Factors(A, G).calibrated(trace)
         for weight in layers.keys() - calibrated.keys():
-            raise ValueError(
-                f"The layer of {weight!r} has no Kronecker factors, since its weight is used outside of its "
-                f"own operation: leave it out with exclude={weight!r}, or take basis='diagonal'"
-            )
+            if fishers[weight].any():
+                raise ValueError(
+                    f"The layer of {weight!r} has no Kronecker factors, since its weight is used outside of "
+                    f"its own operation: leave it out with exclude={weight!r}, or take basis='diagonal'"
+                )
+            calibrated[weight] = factors.nothing(weight)
+        # A task that told nothing, as one of a single class, tells nothing to choose by either.
+        if not any(fisher.any() for fisher in fishers.values()):
+            return fishers, calibrated
         if not self._all_chosen:
             self._choose_strengths(fishers, overlaps)
         fishers, calibrated = damped(module, fishers, calibrated, self.chosen["damping"])
@@ -765,7 +777,7 @@ class BLIP(Callback):
         norm = sum(norms) / max(len(norms), 1)
         pull, damping = KRONECKER_PULL, KRONECKER_DAMPING
         if self.basis == "diagonal" and norm and trace:
-            pull = choose_pull(norm, float(sum(fisher.square().sum() for fisher in seen)))
+            pull = choose_pull(norm, float(sum(fisher.double().square().sum() for fisher in seen)))
             damping = choose_damping(norm, trace)
         self.chosen = {"pull": pull, "damping": damping, **self.chosen}
 

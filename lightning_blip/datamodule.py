@@ -77,6 +77,7 @@ class TaskSequenceDataModule(LightningDataModule):
         _check_tasks(tasks)
         if val_fraction:
             tasks = [streams.hold_out(task, val_fraction, seed) for task in tasks]
+            _check_tasks(tasks)
         self.tasks = [replace(task, index=index) for index, task in enumerate(tasks)]
         self.epochs = _epochs(epochs_per_task, len(tasks))
         self.batch_size = batch_size

@@ -93,7 +93,7 @@ class FrozenNetwork:
         """Gives every state that has learned nothing yet its S_0, the prior times the layer's fan_in."""
         fans = _fans(module)
         for name, state in self.states.items():
-            if not state.tasks:
+            if not state.tasks or not state.information.any():
                 state.prior = prior * (fans.get(name, (None, False))[0] or 1)
 
     def measured(

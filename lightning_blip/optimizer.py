@@ -316,7 +316,10 @@ class _Protected:
             return
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.shape == self.theta.shape:
-                tensor.masked_fill_(self._everything, 0)
+                if tensor.layout == torch.strided:
+                    tensor.masked_fill_(self._everything, 0)
+                else:
+                    tensor.mul_((~self._everything).to(tensor.dtype))
 
     def _unmovable(self) -> Tensor:
         return self.frozen.packed & BITS_MASK == self.frozen.max_bits

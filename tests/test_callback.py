@@ -161,6 +161,9 @@ def test_a_parameter_that_stops_being_trained_keeps_its_bits():
     blip.consolidate(network, loader())
     assert torch.equal(blip.bits()["weight"], bits)
     assert blip.tasks_learned == 2
+    network.bias.requires_grad_(False)
+    blip.consolidate(network, loader())
+    assert torch.equal(blip.bits()["weight"], bits)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "several", "same again"])
@@ -433,6 +436,12 @@ class NoForward(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def heads_alone():
+    network = Net(heads=3)
+    network.body.requires_grad_(False)
+    return network
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -451,6 +460,7 @@ class NoForward(pl.LightningModule):
         (lambda: fit(BLIP(), Net().to(torch.bfloat16)), "'body.0.weight' is torch.bfloat16"),
         (lambda: fit(BLIP(), Net().half()), "'body.0.weight' is torch.float16"),
         (lambda: BLIP().consolidate(nn.Linear(8, 6), [torch.zeros(3, 8)]), "batch of type Tensor is neither"),
+        (lambda: fit(BLIP(), heads_alone()), "No parameter is tracked"),
     ],
 )
 def test_bad_arguments_get_one_clear_sentence(make, message):

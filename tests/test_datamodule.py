@@ -146,6 +146,10 @@ EMPTY = TensorDataset(torch.zeros(0, 8), torch.zeros(0))
         (lambda: pairs(epochs_per_task=0), "epochs_per_task=0"),
         (lambda: pairs(batch_size=0), "batch_size=0"),
         (lambda: pairs(val_fraction=1.0), "val_fraction=1.0"),
+        (
+            lambda: TaskSequenceDataModule([Task("a", train=blobs(1))], val_fraction=0.2),
+            "'a' has no data in its (train|val) set",
+        ),
         (lambda: pairs().load_state_dict({"learned": 9, "epoch": 0}), "has learned 9 tasks"),
     ],
 )

@@ -1,5 +1,7 @@
 """Prior, pull and damping, chosen from the first task."""
 
+import math
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -7,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_blip import BLIP
+from lightning_blip import BLIP, TaskHeads
 from lightning_blip.bits import exact_bits
 from lightning_blip.defaults import Measured, choose_damping, choose_prior, choose_pull
 from lightning_blip.fisher import diagonal_fisher
@@ -127,6 +129,34 @@ def test_what_is_chosen_follows_the_formulas_and_stays():
     restored = BLIP()
     restored.load_state_dict(blip.state_dict())
     assert restored.chosen == chosen
+
+
+@pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+def test_a_task_that_told_nothing_leaves_the_choice_to_the_next(basis):
+    """A first task of one class has no information."""
+    torch.manual_seed(0)
+    body, heads = nn.Linear(8, 64), TaskHeads(64, classes=[1, 6])
+    network, options = nn.Sequential(body, heads), {"basis": basis, "expected_tasks": 1}
+    blip, plain = BLIP(**options), BLIP(**options)
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    assert blip.chosen == {}
+    assert blip.used_capacity == 0
+    heads.active = 1
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    plain.consolidate(network, DataLoader(blobs(), batch_size=30))
+    assert blip.tasks_learned == 2
+    assert blip.chosen == pytest.approx(plain.chosen, rel=0.2)  # other labels were drawn
+    assert 0 < blip.used_capacity < 0.01
+
+
+def test_information_too_small_to_square_in_single_precision():
+    network = nn.Linear(4, 3)
+    with torch.no_grad():
+        network.weight.mul_(0.01)
+        network.bias.copy_(torch.tensor([30.0, 0.0, 0.0]))
+    blip = BLIP(smoothing=0.0)
+    blip.consolidate(network, [(torch.randn(64, 4), None)])
+    assert all(math.isfinite(value) and value > 0 for value in blip.chosen.values())
 
 
 def test_what_is_given_is_not_chosen():

@@ -246,6 +246,19 @@ def test_a_weight_used_elsewhere_is_refused_by_name():
         blip.consolidate(Odd(8, 6), DataLoader(blobs(), batch_size=30))
 
 
+def test_a_layer_that_takes_no_part_knows_nothing():
+    class Partly(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 6)
+            self.spare = nn.Linear(3, 3)
+
+    network, blip = Partly(), BLIP(prior=1e-6, basis="kronecker")
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    assert not blip.bits()["spare.weight"].any()
+    assert blip.bits()["weight"].any()
+    assert blip.predicted_forgetting(network) == 0
+
+
 def test_the_steps_of_a_loop_are_pulled_together_every_so_many():
     torch.manual_seed(0)
     network = nn.Linear(8, 6)

@@ -172,6 +172,20 @@ def test_sparse_gradients_are_scaled_too():
     torch.testing.assert_close(rows.weight.data, expected.clamp(low, high))
 
 
+def test_rows_with_all_bits_frozen_get_no_sparse_gradient():
+    rows = nn.Embedding(4, 6, sparse=True)
+    frozen = FrozenBits.of(rows.weight, bound=8.0, prior=1.0)
+    bits = torch.tensor([0, 20, 0, 20])[:, None].expand(4, 6)
+    frozen.freeze(rows.weight.data, bits.contiguous(), keep_free_bits=True)
+    before = rows.weight.detach().clone()
+    optimizer = FrozenBitsOptimizer(SGD(rows.parameters(), lr=0.01), {rows.weight: frozen})
+    rows(torch.tensor([0, 1])).sum().backward()
+    optimizer.step()
+    assert torch.equal(rows.weight[1:], before[1:])
+    torch.testing.assert_close(rows.weight[0], before[0] - 0.01)
+    assert not rows.weight.grad.to_dense()[1:].any()
+
+
 def test_the_pull_is_the_proximal_step_of_its_formula_and_follows_the_rate():
     theta, frozen = problem(0, gained=7.0)
     anchor = frozen.anchor(torch.float32)

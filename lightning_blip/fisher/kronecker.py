@@ -113,6 +113,10 @@ class FactorObserver:
         """Counts the samples."""
         self._samples += size
 
+    def nothing(self, name: str) -> Factors:
+        """Factors of a layer that told nothing."""
+        return Factors(torch.zeros_like(self._sums[name].A), torch.zeros_like(self._sums[name].G))
+
     def factors(self) -> dict[str, Factors]:
         """The factors by name of the weight, of those layers that a rule serves."""
         return {

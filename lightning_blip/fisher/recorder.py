@@ -185,4 +185,5 @@ def backward(
     if not again:
         for call in calls:
             call.forget()
-    return list(grads[len(edges) :]) if grads else [None] * len(leaves)
+    own = grads[len(edges) :] if grads else [None] * len(leaves)
+    return [grad if grad is None or grad.layout == torch.strided else grad.to_dense() for grad in own]

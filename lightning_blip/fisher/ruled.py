@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lightning_blip.fisher.gradients import Observer, Pulled, SampleGradients, add, at_least_single
@@ -61,8 +62,9 @@ class Ruled:
         for call in uses:
             call.receive = partial(receive, call)
         backward(total, recorder.calls)
-        for name in list(several):
-            finish(name, add(several.pop(name)))
+        with torch.no_grad():  # inputs of later layers have a graph, which sums must not keep
+            for name in list(several):
+                finish(name, add(several.pop(name)))
 
     def gradients(self, call: Call, use: Use, name: str, grad: Tensor, count: int) -> SampleGradients:
         """What one use of a parameter adds to its gradients, from the gradient of the call's output."""

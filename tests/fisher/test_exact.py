@@ -144,6 +144,21 @@ def test_both_forms_of_products_are_exact(monkeypatch, multiply_adds):
         assert_same(diagonal_fisher(network, [(inputs, targets)], labels="empirical"), expected)
 
 
+def test_sparse_gradients():
+    """Those of a function that has a sparse one, which a rule does not serve."""
+    torch.manual_seed(0)
+    x = torch.randint(7, (8, 3))
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(1)
+        rows = nn.Embedding(7, 4, sparse=sparse)
+        network = nn.Sequential(rows, nn.Flatten(), nn.Linear(12, 12), nn.PReLU(), nn.Linear(12, 3))
+        found.append(diagonal_fisher(network, [(x, None)], generator=torch.Generator().manual_seed(2)))
+    dense, sparse = found
+    assert all(torch.equal(dense[name], sparse[name]) for name in dense)
+    assert dense["0.weight"].any()
+
+
 def test_only_the_named_parameters():
     network, inputs, targets = make("batch norm")
     expected = slow_fisher(network, inputs, targets)

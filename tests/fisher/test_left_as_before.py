@@ -156,12 +156,19 @@ def test_full_precision_under_autocast():
 
 def test_result_has_no_graph():
     module = nn.Sequential(nn.Linear(5, 4), Apply(torch.tanh), nn.LayerNorm(4))
-    found = diagonal_fisher(module, [(torch.randn(8, 5), None)])
-    assert not any(value.requires_grad for value in found.values())
+    tied = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    tied[2].weight = tied[0].weight
+    for network in (module, tied):
+        found = diagonal_fisher(network, [(torch.randn(8, 5), None)])
+        assert not any(value.requires_grad for value in found.values())
 
 
-def test_no_tensor_of_a_pass_outlives_it():
-    module, refs = nn.Sequential(nn.Linear(5, 4), nn.ReLU(True), nn.LayerNorm(4), nn.Linear(4, 3)), []
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_tensor_of_a_pass_outlives_it(tied):
+    first, last, refs = nn.Linear(5, 5), nn.Linear(5, 5), []
+    if tied:
+        last.weight = first.weight
+    module = nn.Sequential(first, nn.ReLU(True), nn.LayerNorm(5), last)
     for part in module:
         part.register_forward_hook(lambda module, args, output: refs.append(weakref.ref(output)))
     gc.disable()  # a graph that refers to itself would wait for it
