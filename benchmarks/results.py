@@ -41,9 +41,9 @@ is typed by hand but the published ones.
 - **bytes**: kept from task to task beside the network, for each of its parameters.
 - **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
 - Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
-  defaults. Every other method has its one main setting searched, on the first three tasks of seed 0, over
-  four values; on `three_sets` it is what was found on `split_cifar10`. A value with which the whole stream
-  diverges gives way to the next best.
+  defaults, unless its row says otherwise. Every other method has its one main setting searched, on the first
+  three tasks of seed 0, over four values; on `three_sets` it is what was found on `split_cifar10`. A value
+  with which the whole stream diverges gives way to the next best.
 - Joint training has all tasks at once: the ceiling, no method.
 """
 

@@ -154,7 +154,7 @@ class BLIP(Callback):
         average: bool = True,
         rank: int | None = None,
         samples: int = 8_000,
-        smoothing: float = 0.02,
+        smoothing: float = 0.1,
         likelihood: Likelihood = "categorical",
         labels: Labels = "sampled",
         include: str | Sequence[str] | None = None,

@@ -54,7 +54,7 @@ SETTINGS = {
     "every": [1, 2, 5, 100],
     "average": [True, False],
     "samples": range(1, 41),
-    "smoothing": [0.0, 0.02, 1.0],
+    "smoothing": [0.0, 0.1, 1.0],
     "labels": ["sampled", "empirical"],
     "norm_stats": [None, "per_task", "freeze", "shared"],
     "forgetting_budget": [None, 1e-3, 1.0],
