@@ -342,6 +342,20 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def position(trainer: pl.Trainer) -> float:
+    """Where in the sequence a fit is, in tasks: i + e/E after e of the E epochs of task i.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The position; epochs need not be whole.
+    """
+    tasks = sequence(trainer)
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return tasks.task.index + tasks.share_done(batches, trainer.num_training_batches)
+
+
 def sequence(trainer: pl.Trainer) -> TaskSequenceDataModule:
     """The sequence of tasks that a Trainer learns.
 

@@ -22,7 +22,7 @@ from lightning_blip.averaging import MeanWeights
 from lightning_blip.bases import Callback, callbacks_of, is_a, overrides
 from lightning_blip.batches import TaskBatches, inputs_and_targets
 from lightning_blip.bits import LARGEST_MAX_BITS, Cell
-from lightning_blip.boundaries import TaskStopping, has_tasks, log_metrics, sequence
+from lightning_blip.boundaries import TaskStopping, has_tasks, log_metrics, position, sequence
 from lightning_blip.defaults import (
     KRONECKER_DAMPING,
     KRONECKER_PULL,
@@ -35,9 +35,11 @@ from lightning_blip.fisher.kronecker import FactorObserver, Factors
 from lightning_blip.fisher.overlap import OverlapObserver
 from lightning_blip.heads import task_heads
 from lightning_blip.information import Rule
+from lightning_blip.loggers import define_axis
 from lightning_blip.network import Basis, FrozenNetwork, damped
 from lightning_blip.norm_stats import NormStats, TaskStatistics, freeze, thaw
 from lightning_blip.optimizer import FrozenBitsOptimizer, check_every, check_strengths
+from lightning_blip.run_record import layer_of
 from lightning_blip.saved import check_number
 from lightning_blip.streams import Task
 
@@ -51,6 +53,14 @@ _PAPERS_BATCH_SIZE = 100
 VERSION = 1
 # Into so many parts each batch is divided where there is too little memory.
 _PARTS = 4
+# What is logged of the whole network, behind "blip/".
+_LOGGED = (
+    "predicted_forgetting",
+    "used_capacity",
+    "information_gain",
+    *(f"{what}_share" for what in ("at_wall", "newly_frozen", "drifted")),
+    *("prior", "pull", "damping", "seconds"),
+)
 # The weights that a task ends with are the mean of those that it had after this share of its training.
 _AVERAGED_FROM = 0.8
 
@@ -76,9 +86,10 @@ class BLIP(Callback):
     often as the Trainer does and to every logger, ``blip/predicted_forgetting`` (see
     :meth:`predicted_forgetting`), ``blip/used_capacity`` (Σ bits / Σ N) and ``blip/at_wall_share`` (of the
     parameters, those that the task pushes against their frozen bits). At each boundary it logs besides
-    ``blip/information_gain`` (bits, summed, and for each layer), ``blip/newly_frozen_share`` (those with more
-    frozen bits than before the task), ``blip/drifted_share`` (those whose frozen bits changed all the same:
-    none in the strict cell), ``blip/seconds``, and what was chosen.
+    ``blip/information_gain`` (bits, summed, and for each layer), ``blip/used_capacity`` of each layer,
+    ``blip/newly_frozen_share`` (those with more frozen bits than before the task), ``blip/drifted_share``
+    (those whose frozen bits changed all the same: none in the strict cell), ``blip/seconds``, and what was
+    chosen. ``blip/position`` says where in the sequence that was, in tasks.
 
     Args:
         prior: F_0, the information per input of a layer and sample that counts as none. A larger one freezes
@@ -112,7 +123,8 @@ class BLIP(Callback):
             basis; all by default.
         samples: How many training samples of a task are used to estimate its Fisher information.
         smoothing: The share of labels that are drawn uniformly instead of from the network's prediction. A
-            network that is sure of every sample has no Fisher information, and forgets all the same.
+            network that is sure of every sample has no Fisher information, and forgets all the same: where
+            tasks are learned to nearly 100 %, more than the default remembers better.
         likelihood: What the network's output parametrises: ``"categorical"`` (logits), ``"gaussian"`` (unit
             variance), ``"bernoulli"`` (logits), or a callable that makes a ``torch.distributions``
             distribution of it.
@@ -220,6 +232,8 @@ class BLIP(Callback):
             for name, value in (("prior", prior), ("pull", pull), ("damping", damping))
             if not isinstance(value, str)
         }
+        #: What was logged at the last boundary, by name.
+        self.report: dict[str, float] = {}
         self._network = FrozenNetwork(max_bits, rule, cell, basis, rank)
         self._wrappers: WeakSet[FrozenBitsOptimizer] = WeakSet()
         self._statistics = TaskStatistics()
@@ -336,6 +350,7 @@ class BLIP(Callback):
         self._attach(pl_module)
         if has_tasks(trainer):
             self._first_task = self.tasks_learned - sequence(trainer).learned
+            define_axis(trainer, "blip", self._logged_names(pl_module))
         elif not self.tasks_learned:
             datamodule = type(trainer.datamodule).__name__  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -382,7 +397,8 @@ class BLIP(Callback):
                 self._mean.add(pl_module)
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self.tasks_learned and trainer.loggers and steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            log_metrics(trainer, self._state_of(pl_module))
+            place = {"blip/position": position(trainer)} if has_tasks(trainer) else {}
+            log_metrics(trainer, self._state_of(pl_module) | place)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Protects the parameters from the task's new optimizers."""
@@ -395,14 +411,14 @@ class BLIP(Callback):
         batches = TaskBatches(sequence(trainer).train_dataloader(), trainer)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         try:
-            report = self._consolidate(pl_module, batches, quiet)
+            self._consolidate(pl_module, batches, quiet)
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
         except Exception as error:
             raise RuntimeError(
                 f"Task {task.name!r} was not consolidated, and what is frozen stays as it was: {error}"
             ) from error
-        log_metrics(trainer, report)
+        log_metrics(trainer, self.report | {"blip/position": task.index + 1.0})
 
     def on_validation_batch_start(
         self,
@@ -661,19 +677,21 @@ class BLIP(Callback):
             self._statistics.keep(module, self.tasks_learned)
         self.tasks_learned += 1
         self._hold_statistics(module)
-        by_layer: dict[str, float] = {}
-        for name, gain in gains.items():
-            layer = name.rpartition(".")[0] or name
-            by_layer[layer] = by_layer.get(layer, 0.0) + float(gain.sum())
-        return {
+        gained, used = _by_layer(module, gains), _by_layer(module, self.bits())
+        self.report = {
             "blip/predicted_forgetting": forgotten,
             "blip/used_capacity": self.used_capacity,
-            "blip/information_gain": sum(by_layer.values()),
-            **{f"blip/information_gain/{layer}": gain for layer, gain in by_layer.items()},
+            "blip/information_gain": sum(gain for gain, _ in gained.values()),
+            **{f"blip/information_gain/{layer}": gain for layer, (gain, _) in gained.items()},
+            **{
+                f"blip/used_capacity/{layer}": bits / (self.max_bits * values)
+                for layer, (bits, values) in used.items()
+            },
             **{f"blip/{what}_share": count / self._network.values for what, count in shares.items()},
             **{f"blip/{name}": value for name, value in self.chosen.items()},
             "blip/seconds": time.perf_counter() - start,
         }
+        return self.report
 
     def _estimate(
         self, module: nn.Module, batches: TaskBatches, quiet: bool
@@ -781,6 +799,14 @@ class BLIP(Callback):
             damping = choose_damping(norm, trace)
         self.chosen = {"pull": pull, "damping": damping, **self.chosen}
 
+    def _logged_names(self, module: nn.Module) -> list[str]:
+        """Names of what is logged, behind ``blip/``."""
+        layers = _by_layer(module, self.bits())
+        return [
+            *_LOGGED,
+            *(f"{what}/{layer}" for what in ("information_gain", "used_capacity") for layer in layers),
+        ]
+
     def _state_of(self, module: nn.Module) -> dict[str, float]:
         """What is logged while a task trains."""
         forgotten, at_walls = self._network.strain(module)
@@ -789,6 +815,16 @@ class BLIP(Callback):
             "blip/used_capacity": self.used_capacity,
             "blip/at_wall_share": at_walls / max(self._network.values, 1),
         }
+
+
+def _by_layer(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, tuple[float, int]]:
+    """The sum of each layer's values, and how many they are, in the network's order."""
+    layers: dict[str, tuple[float, int]] = {}
+    for name, _ in module.named_parameters():
+        if name in values:
+            total, count = layers.get(layer_of(name), (0.0, 0))
+            layers[layer_of(name)] = total + float(values[name].sum()), count + values[name].numel()
+    return layers
 
 
 def _newly_frozen(before: Tensor, after: Tensor) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass
+import inspect
+from dataclasses import asdict
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,44 +16,40 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_blip.bases import Callback
-from lightning_blip.boundaries import log_metrics, sequence, task_score
+from lightning_blip import loggers, pictures
+from lightning_blip.bases import Callback, callbacks_of
+from lightning_blip.boundaries import log_metrics, position, sequence, task_score
+from lightning_blip.callback import BLIP
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
+from lightning_blip.run_record import Frozen, Predicted, RunRecord, Score, plain
 from lightning_blip.streams import Task
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
-
-# More tasks than this, and numbers in the cells of the heat map are too small to read.
-_MOST_NUMBERS = 12
-# As many lines of the legend fit beside the curves.
-_MOST_LINES = 20
-
-
-@dataclass(frozen=True)
-class _Score:
-    """The score on one task at one validation."""
-
-    step: int
-    epoch: int
-    learning: str
-    task: str
-    score: float
-    boundary: bool
+_PACKAGES = ("lightning-blip", "pytorch-lightning", "torch")
+_METRICS = {
+    "average_score": average_score,
+    "backward_transfer": backward_transfer,
+    "forgetting": forgetting,
+}
 
 
 class ForgettingCurves(Callback):
     """Keeps the score of each task while the later ones are learned, and shows it.
 
     At every validation it logs the score of each task seen so far to every logger, as
-    ``curves/<metric>/<task>``; at each boundary, after the network was frozen, also
-    ``continual/average_score``, ``continual/backward_transfer`` and ``continual/forgetting``. When the fit
-    ends it writes ``forgetting.csv`` and ``forgetting.png`` into the Trainer's log folder: a curve for each
-    task, and R as a heat map.
+    ``forgetting/<metric>/<task>``; at each boundary, after the network was frozen, also
+    ``forgetting/average_score``, ``forgetting/backward_transfer`` and ``forgetting/forgetting``, which so
+    stand in the summary of a run. ``forgetting/position`` says where in the sequence that was, in tasks: i +
+    e/E after e of the E epochs of task i. Loggers that take charts (Weights & Biases, TensorBoard, MLflow)
+    get them at each boundary, see :func:`lightning_blip.loggers.show`.
+
+    It writes into the Trainer's log folder, at each boundary, ``forgetting.json``, a
+    :class:`~lightning_blip.run_record.RunRecord`, which ``lightning-blip report`` makes a page of; and when
+    the fit ends, ``forgetting.csv`` and ``forgetting.png``: a curve for each task, and R as a heat map.
 
     Args:
         metric: What the module logs in ``validation_step``; higher is better.
+        log_frozen_state: Whether Weights & Biases gets what BLIP has frozen, when the fit ends, as an
+            artifact.
 
     Raises:
         ValueError: In a fit, if the module does not log the metric, or there is no sequence of tasks.
@@ -60,11 +59,14 @@ class ForgettingCurves(Callback):
         >>> trainer = pl.Trainer(callbacks=[curves], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, metric: str = "val_acc") -> None:
+    def __init__(self, metric: str = "val_acc", log_frozen_state: bool = False) -> None:
         self.metric = metric
+        self.log_frozen_state = log_frozen_state
         self.matrix: Tensor = torch.zeros(0, 0)
         """R (T, T): the score on task j after learning task i, NaN where not measured."""
-        self._history: list[_Score] = []
+        self._scores: list[Score] = []
+        self._frozen: list[Frozen] = []
+        self._predicted: list[Predicted] = []
         self._at_boundary = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,7 +76,12 @@ class ForgettingCurves(Callback):
         tasks = sequence(trainer)
         if len(self.matrix) != len(tasks) or tasks.learned == tasks.epoch == 0:
             self.matrix = torch.full((len(tasks), len(tasks)), torch.nan)
-            self._history = []
+            self._scores, self._frozen, self._predicted = [], [], []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives the curves their own axis."""
+        scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
+        loggers.define_axis(trainer, "forgetting", [*scores, *_METRICS])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """The next validation is that of the network as the boundary leaves it."""
@@ -84,110 +91,119 @@ class ForgettingCurves(Callback):
         """Takes down and logs the score of each task seen so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        tasks = sequence(trainer)
-        learning = tasks.task
-        seen = tasks.tasks[: learning.index + 1]
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        logged = {}
-        for task in seen:
-            score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)
-            self.matrix[learning.index, task.index] = score
-            logged[f"curves/{self.metric}/{task.name}"] = score
-            self._history.append(
-                _Score(step, trainer.current_epoch, learning.name, task.name, score, self._at_boundary)
-            )
+        learning = sequence(trainer).task
+        place = learning.index + 1.0 if self._at_boundary else position(trainer)
+        logged = self._take_down(trainer, learning, place)
+        blip = _blip(trainer)
         if self._at_boundary:
-            metrics = {
-                "average_score": average_score(self.matrix),
-                "backward_transfer": backward_transfer(self.matrix),
-                "forgetting": forgetting(self.matrix),
-            }
-            logged |= {f"continual/{name}": float(x) for name, x in metrics.items() if x.isfinite()}
-            self._at_boundary = False
+            metrics = {name: float(metric(self.matrix)) for name, metric in _METRICS.items()}
+            logged |= {f"forgetting/{name}": value for name, value in metrics.items() if isfinite(value)}
+            if blip is not None:
+                self._frozen.append(Frozen.of(learning.name, blip.report, blip.bits(), blip.max_bits))
+                self._predicted.append(Predicted(place, self._frozen[-1].predicted_forgetting))
+        elif blip is not None and blip.tasks_learned:
+            self._predicted.append(Predicted(place, blip.predicted_forgetting(pl_module)))
         log_metrics(trainer, logged)
+        if self._at_boundary:
+            self._at_boundary = False
+            self._write(trainer)
+            loggers.show(trainer, self.record(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the table and the picture."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
-        if not self._history or not trainer.is_global_zero:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_table(folder / "forgetting.csv")
-            self._draw(folder / "forgetting.png")
-        except OSError as error:  # such as a full disk: no reason to lose what was learned
-            rank_zero_warn(
-                f"The forgetting curves up to task {self._history[-1].learning!r} could not be written into "
-                f"{folder}: {error}. They are still in curves.matrix"
-            )
-            return
-        rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
+        """Writes the record, the table and the picture."""
+        self._write(trainer, whole=True)
+        blip = _blip(trainer)
+        if self.log_frozen_state and blip is not None:
+            learned = [one.task for one in self._frozen]
+            metadata = {"tasks": learned, "used_capacity": blip.used_capacity, "chosen": blip.chosen}
+            loggers.save_frozen_state(trainer, blip.state_dict(), metadata)
+
+    def record(self, trainer: pl.Trainer) -> RunRecord:
+        """All that was measured so far.
+
+        Args:
+            trainer: The Trainer, whose settings are part of it.
+
+        Returns:
+            The record.
+        """
+        tasks, blip = sequence(trainer), _blip(trainer)
+        settings = {
+            "blip": blip and {name: getattr(blip, name) for name in inspect.signature(BLIP).parameters},
+            "chosen": blip and blip.chosen,
+            "stream": {"tasks": len(tasks), "epochs": tasks.epochs, "batch_size": tasks.batch_size},
+            "hyperparameters": dict(trainer.lightning_module.hparams),
+            "versions": {name.replace("-", "_"): version(name) for name in _PACKAGES},
+        }
+        return RunRecord(
+            self.metric,
+            [task.name for task in tasks.tasks],
+            self.matrix.tolist(),
+            list(self._scores),
+            list(self._frozen),
+            list(self._predicted),
+            plain(settings),
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far: a resumed fit adds to them."""
-        return {"matrix": self.matrix, "history": [asdict(score) for score in self._history]}
+        """What was measured so far: a resumed fit adds to it."""
+        return {
+            "matrix": self.matrix,
+            "history": [asdict(score) for score in self._scores],
+            "frozen": [asdict(frozen) for frozen in self._frozen],
+            "predicted": [asdict(predicted) for predicted in self._predicted],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from the scores of a saved fit, whose sequence may have been shorter."""
         saved: Tensor = state_dict["matrix"]
         more = max(0, len(self.matrix) - len(saved))
         self.matrix = F.pad(saved, (0, more, 0, more), value=torch.nan)
-        self._history = [_Score(**score) for score in state_dict["history"]]
+        self._scores = [Score(**{"position": torch.nan, **score}) for score in state_dict["history"]]
+        self._frozen = [Frozen.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
+        self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
+
+    def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
+        """Notes the scores of a validation, and gives them by the names that they are logged by."""
+        seen = sequence(trainer).tasks[: learning.index + 1]
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        logged = {"forgetting/position": place}
+        for task in seen:
+            score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)
+            self.matrix[learning.index, task.index] = score
+            logged[f"forgetting/{self.metric}/{task.name}"] = score
+            self._scores.append(
+                Score(step, trainer.current_epoch, place, learning.name, task.name, score, self._at_boundary)
+            )
+        return logged
+
+    def _write(self, trainer: pl.Trainer, whole: bool = False) -> None:
+        """Writes the record; with the whole fit done, the table and the picture, too."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
+        if not self._scores or not trainer.is_global_zero:
+            return
+        record = self.record(trainer)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            record.write(folder / "forgetting.json")
+            if whole:
+                self._write_table(folder / "forgetting.csv")
+                pictures.overview(record).savefig(folder / "forgetting.png", dpi=120)
+        except OSError as error:  # such as a full disk: no reason to lose what was learned
+            rank_zero_warn(
+                f"The forgetting curves up to task {self._scores[-1].learning!r} could not be written into "
+                f"{folder}: {error}. They are still in curves.matrix"
+            )
+            return
+        if whole:
+            rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
 
     def _write_table(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, fieldnames=list(_Score.__dataclass_fields__))
+            writer = csv.DictWriter(lines, fieldnames=list(Score.__dataclass_fields__))
             writer.writeheader()
-            writer.writerows({**asdict(score), "boundary": int(score.boundary)} for score in self._history)
+            writer.writerows({**asdict(score), "boundary": int(score.boundary)} for score in self._scores)
 
-    def _draw(self, path: Path) -> None:
-        # Drawing is rare and matplotlib slow to import; a Figure of one's own leaves pyplot's state alone.
-        from matplotlib.figure import Figure
 
-        tasks = list(dict.fromkeys(score.task for score in self._history))
-        figure = Figure(figsize=(13, 4.8), layout="constrained")
-        curves, matrix = figure.subplots(1, 2, width_ratios=[3, 2])
-        self._draw_curves(curves, tasks)
-        image = self._draw_matrix(matrix, tasks)
-        figure.colorbar(image, ax=matrix, label=self.metric)
-        figure.savefig(path, dpi=120)
-
-    def _draw_curves(self, axes: Axes, tasks: list[str]) -> None:
-        from matplotlib import colormaps
-
-        for index, name in enumerate(tasks):
-            scores = [score for score in self._history if score.task == name]
-            axes.plot(
-                [score.epoch + 1 for score in scores],
-                [score.score for score in scores],
-                color=colormaps["viridis"](0.9 * index / max(1, len(tasks) - 1)),  # its yellow is too pale
-                marker="." if len(scores) == 1 else None,
-                label=name,
-            )
-        for epoch in sorted({score.epoch for score in self._history if score.boundary}):
-            axes.axvline(epoch + 1, color="0.8", linestyle="--", linewidth=1, zorder=0)
-        axes.set(xlabel="epoch (dashed: the end of a task)", ylabel=self.metric)
-        axes.set_title("Score on each task while the sequence is learned")
-        axes.locator_params(axis="x", integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(
-            title="task", fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5),
-            ncols=1 + (len(tasks) - 1) // _MOST_LINES,
-        )  # fmt: skip
-
-    def _draw_matrix(self, axes: Axes, tasks: list[str]) -> AxesImage:
-        R = self.matrix.numpy()
-        image = axes.imshow(R, cmap="viridis", interpolation="nearest")
-        if len(R) <= _MOST_NUMBERS:
-            low, high = image.get_clim()
-            for i, j in self.matrix.isfinite().nonzero().tolist():
-                axes.text(
-                    j, i, f"{R[i, j]:.2f}", ha="center", va="center", fontsize="small",
-                    color="white" if 2 * R[i, j] < low + high else "black",
-                )  # fmt: skip
-            axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(len(tasks)), tasks)
-        else:
-            axes.locator_params(integer=True)
-        axes.set(xlabel="score on task", ylabel="after learning task", title="R: scores after each task")
-        return image
+def _blip(trainer: pl.Trainer) -> BLIP | None:
+    return next((one for one in callbacks_of(trainer) if isinstance(one, BLIP)), None)

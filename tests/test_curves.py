@@ -6,10 +6,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger
 
-from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
-from lightning_blip.metrics import average_score, backward_transfer, forgetting
+from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule, TaskStopping
+from lightning_blip.run_record import RunRecord
 from tests.networks import QUIET, Net, blobs, pairs
 
 
@@ -53,37 +53,11 @@ def test_the_matrix_holds_the_scores_of_the_network_as_each_boundary_left_it(tmp
     assert curves.matrix.isnan().sum() == 3
 
 
-def test_every_logger_hears_the_scores_and_the_metrics(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    curves = ForgettingCurves("val_acc")
-    loggers = [CSVLogger(tmp_path), WandbLogger(save_dir=tmp_path, project="test")]
-    trainer = fit(curves, logger=loggers, log_every_n_steps=1)
-    expected = {
-        "continual/average_score": average_score(curves.matrix),
-        "continual/backward_transfer": backward_transfer(curves.matrix),
-        "continual/forgetting": forgetting(curves.matrix),
-        "curves/val_acc/0-1": curves.matrix[2, 0],
-        "curves/val_acc/4-5": curves.matrix[2, 2],
-    }
-    summary = dict(trainer.loggers[1].experiment.summary)
-    (path,) = tmp_path.rglob("metrics.csv")
-    with path.open() as lines:
-        rows = list(csv.DictReader(lines))
-    for name, value in expected.items():
-        assert summary[name] == pytest.approx(float(value), abs=1e-6)
-        assert [float(row[name]) for row in rows if row[name]][-1] == pytest.approx(float(value), abs=1e-6)
-    assert len([row for row in rows if row["continual/average_score"]]) == 3
-    assert len([row for row in rows if row["continual/backward_transfer"]]) == 2
-    assert len([row for row in rows if row["curves/val_acc/0-1"]]) == 9
-    trainer.loggers[1].experiment.finish()
-
-
 def test_the_table_has_a_row_for_each_score(tmp_path):
     curves = ForgettingCurves("val_acc")
     fit(curves, logger=CSVLogger(tmp_path))
     rows = table(tmp_path)
-    assert list(rows[0]) == ["step", "epoch", "learning", "task", "score", "boundary"]
+    assert list(rows[0]) == ["step", "epoch", "position", "learning", "task", "score", "boundary"]
     # Two epochs a task, validated after each and at the boundary; one, two, three tasks seen.
     assert len(rows) == 3 * (1 + 2 + 3)
     boundary = [row for row in rows if row["boundary"] == "1"]
@@ -160,10 +134,12 @@ def test_all_processes_ask_for_the_folder_and_one_writes(tmp_path):
     # The folder is broadcast: a process that does not ask leaves the others waiting forever.
     class Process:
         asked = False
-        default_root_dir = tmp_path
 
-        def __init__(self, is_global_zero):
-            self.is_global_zero = is_global_zero
+        def __init__(self, trainer, is_global_zero):
+            self.trainer, self.is_global_zero = trainer, is_global_zero
+
+        def __getattr__(self, name):
+            return getattr(self.trainer, name)
 
         @property
         def log_dir(self):
@@ -171,13 +147,14 @@ def test_all_processes_ask_for_the_folder_and_one_writes(tmp_path):
             return tmp_path / "logs"
 
     curves = ForgettingCurves("val_acc")
-    fit(curves, default_root_dir=tmp_path / "fit")
-    other, main = Process(is_global_zero=False), Process(is_global_zero=True)
+    trainer = fit(curves, default_root_dir=tmp_path / "fit")
+    other, main = Process(trainer, is_global_zero=False), Process(trainer, is_global_zero=True)
     curves.on_train_end(other, Net())
     assert other.asked
     assert not (tmp_path / "logs").exists()
     curves.on_train_end(main, Net())
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"forgetting.csv", "forgetting.png"}
+    written = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert written == {"forgetting.csv", "forgetting.json", "forgetting.png"}
 
 
 def test_a_diverged_fit_still_gets_its_table_and_picture(tmp_path):
@@ -222,3 +199,72 @@ def test_other_data_modules_are_refused():
         pl.Trainer(**QUIET, callbacks=[ForgettingCurves()], max_epochs=1).fit(
             Net(), torch.utils.data.DataLoader(blobs(), batch_size=8)
         )
+
+
+def record(folder):
+    (path,) = folder.rglob("forgetting.json")
+    return RunRecord.read(path)
+
+
+@pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+def test_the_record_holds_what_was_measured(tmp_path, basis):
+    blip, curves, module = BLIP(basis=basis, prior=1e-5), ForgettingCurves(), Net()
+    module.save_hyperparameters({"width": 16})
+    reports = []
+
+    class Report(pl.Callback):
+        def on_task_end(self, trainer, pl_module, task):
+            reports.append((blip.report, blip.bits()))
+
+    fit(curves, module=module, callbacks=[blip, Report()], default_root_dir=tmp_path)
+    one = record(tmp_path)
+    torch.testing.assert_close(torch.tensor(one.matrix), curves.matrix, equal_nan=True)
+    assert one.tasks == one.seen == ["0-1", "2-3", "4-5"]
+    places = [score.position for score in one.scores if score.task == "0-1"]
+    assert places == [0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0, 3.0]
+    assert [score.position for score in one.scores if score.boundary] == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]
+    assert [frozen.task for frozen in one.frozen] == one.tasks
+    for frozen, (report, bits) in zip(one.frozen, reports, strict=True):
+        assert list(frozen.layers) == ["body.0", "head"]
+        assert frozen.used_capacity == report["blip/used_capacity"]
+        for name, layer in frozen.layers.items():
+            own = torch.cat([values.flatten() for key, values in bits.items() if key.startswith(name)])
+            assert layer.values == len(own)
+            assert layer.bits == torch.bincount(own, minlength=21).tolist()
+            assert layer.used_capacity == pytest.approx(own.double().mean().item() / 20)
+            assert layer.information_gain == report[f"blip/information_gain/{name}"]
+    assert frozen.used_capacity > 0
+    predicted = [point for point in one.predicted if point.position > 1]
+    assert [point.position for point in predicted] == [1.5, 2.0, 2.0, 2.5, 3.0, 3.0]
+    assert all(point.forgetting > 0 for point in predicted)
+    assert one.settings["blip"]["basis"] == basis
+    assert one.settings["chosen"] == blip.chosen
+    assert one.settings["stream"] == {"tasks": 3, "epochs": [2, 2, 2], "batch_size": 16}
+    assert one.settings["hyperparameters"] == {"width": 16}
+
+
+def test_the_record_is_there_after_each_boundary_and_without_blip(tmp_path):
+    found = []
+
+    class Look(pl.Callback):
+        def on_task_start(self, trainer, pl_module, task):
+            if task.index:
+                found.append(record(tmp_path))
+
+    fit(ForgettingCurves(), callbacks=[Look()], default_root_dir=tmp_path)
+    assert [len(one.seen) for one in found] == [1, 2]
+    assert found[0].frozen == found[0].predicted == []
+    assert found[0].settings["blip"] is None
+
+
+def test_a_task_that_ends_early_ends_on_a_whole_number(tmp_path):
+    stopping = TaskStopping("val_acc", patience=1, mode="max", min_delta=1.0)
+    fit(ForgettingCurves(), pairs(epochs_per_task=10), callbacks=[stopping], default_root_dir=tmp_path)
+    places = [score.position for score in record(tmp_path).scores if score.task == "0-1"]
+    assert places == pytest.approx([0.1, 0.2, 1.0, 1.1, 1.2, 2.0, 2.1, 2.2, 3.0])
+
+
+def test_validations_within_an_epoch_lie_within_it(tmp_path):
+    fit(ForgettingCurves(), val_check_interval=0.5, default_root_dir=tmp_path)
+    places = [score.position for score in record(tmp_path).scores if score.task == "0-1"]
+    assert places[:7] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0])

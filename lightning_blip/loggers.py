@@ -1,0 +1,127 @@
+"""Shows the record of a run in whatever loggers a Trainer has, each in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from lightning_blip import pictures
+from lightning_blip.bases import is_a
+from lightning_blip.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def define_axis(trainer: pl.Trainer, group: str, names: Iterable[str]) -> None:
+    """Has Weights & Biases draw metrics over the place in the sequence, not over steps.
+
+    Args:
+        trainer: The Trainer.
+        group: What the metrics' names begin with; ``<group>/position`` is logged with them.
+        names: What they end with. Each is named, since a pattern would compete with the logger's own.
+    """
+    for run in _wandb_runs(trainer):
+        run.define_metric(f"{group}/position", hidden=True)
+        for name in names:
+            if "*" not in name:  # which would make it a pattern
+                run.define_metric(f"{group}/{name}", step_metric=f"{group}/position")
+
+
+def show(trainer: pl.Trainer, record: RunRecord) -> None:
+    """Sends the charts of a record to every logger that takes charts.
+
+    Weights & Biases gets ``forgetting/curves`` (a line for each task), ``forgetting/matrix`` (R as a picture)
+    and ``forgetting/R`` (as a table), and of BLIP ``blip/capacity`` (a picture, stacked by layer) and
+    ``blip/bits/<layer>`` (histograms); TensorBoard and MLflow get the pictures.
+
+    Args:
+        trainer: The Trainer.
+        record: With one boundary at least.
+    """
+    if not trainer.is_global_zero:
+        return
+    step = record.scores[-1].step
+    logger: Any  # each kind has another experiment
+    for logger in trainer.loggers:
+        if is_a(logger, "WandbLogger"):
+            logger.log_metrics(_wandb_charts(record), step=step)
+        elif is_a(logger, "TensorBoardLogger"):
+            for name, picture in _pictures(record).items():
+                logger.experiment.add_figure(name, picture, global_step=step)
+        elif is_a(logger, "MLFlowLogger"):
+            for name, picture in _pictures(record).items():
+                logger.experiment.log_figure(logger.run_id, picture, f"{name}.png")
+
+
+def save_frozen_state(trainer: pl.Trainer, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Logs what BLIP has frozen as an artifact of Weights & Biases.
+
+    Args:
+        trainer: The Trainer.
+        state: ``BLIP.state_dict()``; it is saved by ``torch.save`` as ``frozen.pt``.
+        metadata: What is shown of it.
+    """
+    for run in _wandb_runs(trainer):
+        import torch
+        import wandb
+
+        artifact = wandb.Artifact(f"frozen-state-{run.id}", type="frozen-state", metadata=metadata)
+        with artifact.new_file("frozen.pt", mode="wb") as file:
+            torch.save(state, file)
+        run.log_artifact(artifact)
+
+
+def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
+    if not trainer.is_global_zero:
+        return []
+    loggers: list[Any] = trainer.loggers
+    return [logger.experiment for logger in loggers if is_a(logger, "WandbLogger")]
+
+
+def _pictures(record: RunRecord) -> dict[str, Figure]:
+    named = {
+        "forgetting/curves": pictures.curves_picture(record),
+        "forgetting/matrix": pictures.matrix_picture(record),
+    }
+    if record.frozen:
+        named["blip/capacity"] = pictures.capacity_picture(record)
+    return named
+
+
+def _wandb_charts(record: RunRecord) -> dict[str, Any]:
+    import wandb
+
+    lines = {name: [one for one in record.scores if one.task == name] for name in record.seen}
+    position = record.scores[-1].position
+    charts: dict[str, Any] = {
+        "forgetting/position": position,
+        "forgetting/curves": wandb.plot.line_series(
+            xs=[[one.position for one in scores] for scores in lines.values()],
+            ys=[[one.score for one in scores] for scores in lines.values()],
+            keys=list(lines),
+            title=f"{record.metric} of each task",
+            xname="tasks learned",
+        ),
+        "forgetting/matrix": wandb.Image(pictures.matrix_picture(record)),
+        "forgetting/R": wandb.Table(
+            ["after learning", *record.tasks],
+            [
+                [name, *(None if isnan(score) else score for score in row)]
+                for name, row in zip(record.tasks, record.matrix, strict=True)
+            ],
+        ),
+    }
+    if record.frozen:
+        charts |= {
+            "blip/position": position,
+            "blip/capacity": wandb.Image(pictures.capacity_picture(record)),
+        }
+        for name, layer in record.frozen[-1].layers.items():
+            edges = np.arange(len(layer.bits) + 1) - 0.5
+            charts[f"blip/bits/{name}"] = wandb.Histogram(np_histogram=(np.array(layer.bits), edges))
+    return charts
