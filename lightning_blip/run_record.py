@@ -1,0 +1,256 @@
+"""The record of a run: all that was measured while a sequence was learned, as one file that tools can read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Of what is written.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score on one task at one validation.
+
+    Attributes:
+        step: How many optimizer steps were done.
+        epoch: The epoch, counted over all tasks from 0.
+        position: Where in the sequence, in tasks: i + e/E after e of the E epochs of task i. A boundary lies
+            on a whole number, even where a task ended early.
+        learning: Name of the task being learned.
+        task: Name of the task that was scored.
+        score: What the metric gave.
+        boundary: Whether the network was just frozen.
+    """
+
+    step: int
+    epoch: int
+    position: float
+    learning: str
+    task: str
+    score: float
+    boundary: bool
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """What is frozen in one layer.
+
+    Attributes:
+        values: How many parameters, or coordinates, it has.
+        used_capacity: Σ bits / Σ N, 0 to 1.
+        information_gain: What the task told about it, in bits.
+        bits: How many of its values have 0, 1, …, N frozen bits.
+    """
+
+    values: int
+    used_capacity: float
+    information_gain: float
+    bits: list[int]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is frozen after a boundary.
+
+    Attributes:
+        task: Name of the task that was learned.
+        used_capacity: Σ bits / Σ N over the network, 0 to 1.
+        predicted_forgetting: What learning the task has the past ones forget, in nats a sample.
+        information_gain: What the task told, in bits.
+        layers: By the name of the module, in the network's order.
+    """
+
+    task: str
+    used_capacity: float
+    predicted_forgetting: float
+    information_gain: float
+    layers: dict[str, LayerBits]
+
+    @classmethod
+    def of(cls, task: str, report: Mapping[str, float], bits: Mapping[str, Tensor], max_bits: int) -> Frozen:
+        """What a BLIP froze.
+
+        Args:
+            task: Name of the task.
+            report: What BLIP logs at a boundary.
+            bits: Of each parameter or coordinate, see :meth:`BLIP.bits`.
+            max_bits: N.
+
+        Returns:
+            The record of it.
+
+        Example:
+            >>> report = {"blip/used_capacity": 0.5, "blip/predicted_forgetting": 0.0}
+            >>> report |= {"blip/information_gain": 4.0, "blip/used_capacity/0": 0.5}
+            >>> bits = {"0.weight": torch.tensor([1, 2], dtype=torch.uint8), "0.bias": torch.tensor([0])}
+            >>> Frozen.of("first", report, bits, max_bits=2).layers["0"].bits
+            [1, 1, 1]
+        """
+        capacity = "blip/used_capacity/"
+        counts: dict[str, Tensor] = {}
+        for name, values in bits.items():
+            counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
+            counts[layer_of(name)] = counts.get(layer_of(name), torch.zeros_like(counted)) + counted
+        layers = {
+            layer: LayerBits(
+                int(counts[layer].sum()),
+                report[capacity + layer],
+                report.get(f"blip/information_gain/{layer}", 0.0),
+                counts[layer].tolist(),
+            )
+            for layer in (name.removeprefix(capacity) for name in report if name.startswith(capacity))
+        }
+        names = ("used_capacity", "predicted_forgetting", "information_gain")
+        return cls(task, *(report[f"blip/{name}"] for name in names), layers=layers)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Frozen:
+        """From what ``dataclasses.asdict`` made of it."""
+        layers = {name: LayerBits(**layer) for name, layer in plain["layers"].items()}
+        return cls(**{**plain, "layers": layers})
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The forgetting that BLIP predicted at one moment of the training.
+
+    Attributes:
+        position: As in :class:`Score`.
+        forgetting: In nats a sample of each past task.
+    """
+
+    position: float
+    forgetting: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that was measured while a sequence was learned; plain values, which a JSON file holds.
+
+    Attributes:
+        metric: What was scored; higher is better.
+        tasks: Names of all tasks of the sequence.
+        matrix: R, T rows of T: the score on task j after learning task i, NaN where not measured.
+        scores: One for each validation and task seen by then.
+        frozen: One for each boundary where BLIP froze something.
+        predicted: Forgetting as BLIP predicted it while the tasks were trained.
+        settings: ``"blip"`` and ``"chosen"`` (None without BLIP), ``"stream"``, ``"hyperparameters"`` of the
+            module, and ``"versions"``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> record = RunRecord("val_acc", ["first"], [[0.5]], [], [], [], {})
+        >>> with TemporaryDirectory() as folder:
+        ...     record.write(Path(folder) / "forgetting.json")
+        ...     RunRecord.read(Path(folder) / "forgetting.json") == record
+        True
+    """
+
+    metric: str
+    tasks: list[str]
+    matrix: list[list[float]]
+    scores: list[Score]
+    frozen: list[Frozen]
+    predicted: list[Predicted]
+    settings: dict[str, Any]
+
+    def write(self, path: str | Path) -> None:
+        """Writes it, so that a reader sees all of it or what was there before.
+
+        Args:
+            path: Of the JSON file. Numbers that are not finite become null.
+        """
+        path = Path(path)
+        half = path.with_name(f"{path.name}.tmp")
+        text = json.dumps(plain({"version": VERSION, **asdict(self)}), allow_nan=False, ensure_ascii=False)
+        half.write_text(text + "\n", encoding="utf-8")
+        half.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """Reads what :meth:`write` wrote.
+
+        Args:
+            path: Of the JSON file.
+
+        Returns:
+            The record; NaN stands where the file has null for a number.
+
+        Raises:
+            ValueError: If the file is no record, or one of a later version.
+        """
+        path = Path(path)
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            version = saved.pop("version")
+            if version > VERSION:
+                raise ValueError(
+                    f"it is of version {version}, this is version {VERSION}: update lightning-blip"
+                )
+            settings = saved.pop("settings")
+            saved = _with_nan(saved)
+            return cls(
+                saved["metric"],
+                saved["tasks"],
+                saved["matrix"],
+                [Score(**score) for score in saved["scores"]],
+                [Frozen.from_plain(frozen) for frozen in saved["frozen"]],
+                [Predicted(**predicted) for predicted in saved["predicted"]],
+                settings,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path={str(path)!r} holds no record of a run that can be read: {error}"
+            ) from error
+
+
+def layer_of(parameter: str) -> str:
+    """The name of the module that a parameter belongs to; its own if that is the whole network.
+
+    Example:
+        >>> layer_of("body.0.weight"), layer_of("scale")
+        ('body.0', 'scale')
+    """
+    return parameter.rpartition(".")[0] or parameter
+
+
+def plain(value: Any) -> Any:
+    """Any value in the types that JSON knows: what is not finite as None, anything else by its name or repr.
+
+    Args:
+        value: Such as hyperparameters.
+
+    Returns:
+        It, made of dicts, lists, strings, numbers, True, False and None.
+
+    Example:
+        >>> plain({"rate": 0.1, "sizes": (2, float("nan")), "activation": torch.relu})
+        {'rate': 0.1, 'sizes': [2, None], 'activation': 'relu'}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain(part) for part in value]
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _with_nan(value: Any) -> Any:
+    """What was written as null is a number that is not finite: nothing else of a record, but settings, is."""
+    if isinstance(value, dict):
+        return {name: _with_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(part) for part in value]
+    return math.nan if value is None else value
