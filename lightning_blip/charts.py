@@ -16,8 +16,15 @@ MISSING = "\N{EN DASH}"
 HEIGHT = 300
 # From one label at the right to the next, in pixels.
 _LABEL_STEP = 16
-# The colour-blind-safe palette of Okabe and Ito, without those that are too pale on white.
-_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# The hues of Okabe and Ito's palette, which are told apart without red or green, on light and on dark pages.
+_RUNS = (
+    ("#0072b2", "#56b4e9"),
+    ("#d55e00", "#f08030"),
+    ("#008a64", "#2fc096"),
+    ("#b5568f", "#dd95c2"),
+    ("#a87400", "#e6b422"),
+    ("#5a6270", "#b4bbc7"),
+)
 
 
 @dataclass(frozen=True)
@@ -174,20 +181,19 @@ def labels(named: Iterable[tuple[str, str, Colour, float]]) -> list[Label]:
 
 def run_colour(index: int) -> Colour:
     """That of a run among others."""
-    colour = _RUNS[index % len(_RUNS)]
-    return Colour(colour, colour)
+    return Colour(*_RUNS[index % len(_RUNS)])
 
 
 def task_colour(index: int, tasks: int) -> Colour:
     """That of a task, by its place in the sequence: dark enough on white, bright enough on black."""
     share = index / max(1, tasks - 1)
-    return Colour(_of_map("plasma", 0.72 * share), _of_map("plasma", 0.42 + 0.53 * share))
+    return Colour(_of_map("plasma", 0.62 * share), _of_map("plasma", 0.42 + 0.53 * share))
 
 
 def layer_colour(index: int, layers: int) -> Colour:
-    """That of a layer, by its place in the network."""
+    """That of a layer, by its place in the network, just as light or dark."""
     share = index / max(1, layers - 1)
-    return Colour(_of_map("viridis", 0.1 + 0.7 * share), _of_map("viridis", 0.25 + 0.7 * share))
+    return Colour(_of_map("viridis", 0.05 + 0.54 * share), _of_map("viridis", 0.35 + 0.6 * share))
 
 
 def heat_colour(share: float) -> tuple[str, str]:

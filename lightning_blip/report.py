@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from rich.cells import cell_len, set_cell_size
 from torch import Tensor
 
 from lightning_blip import charts, metrics
-from lightning_blip.charts import MISSING, Axis, Bar, Cell, Label, Line, Point, number, with_minus
+from lightning_blip.charts import MISSING, Axis, Bar, Cell, Label, Line, number, with_minus
 from lightning_blip.run_record import Frozen, LayerBits, RunRecord, Score
 
 RECORD = "forgetting.json"
@@ -24,6 +24,8 @@ RECORD = "forgetting.json"
 _MOST_NAMED = 12
 # More tasks than this, and numbers in the heat map have no room for a decimal.
 _MOST_DECIMALS = 8
+# So many cells of text of a longer name are shown at either end.
+_HALF_A_NAME = 7
 # So many layers have a colour of their own; those with the fewest frozen bits share one.
 _MOST_LAYERS = 8
 _GROUPS = {
@@ -44,13 +46,13 @@ class _Run:
     record: RunRecord
 
     @property
-    def moments(self) -> list[tuple[float, float, bool]]:
+    def means(self) -> list[tuple[float, float, bool]]:
         """Position, mean over the tasks seen and whether it is a boundary's, of each validation."""
-        scores: dict[tuple[float, int, bool], list[float]] = {}
+        seen: dict[tuple[float, int, bool], list[float]] = {}
         for score in self.record.scores:
-            seen = scores.setdefault((score.position, score.step, score.boundary), [])
-            seen += [score.score] if math.isfinite(score.score) else []
-        return [(position, fmean(seen), boundary) for (position, _, boundary), seen in scores.items() if seen]
+            if math.isfinite(score.score):
+                seen.setdefault((score.position, score.step, score.boundary), []).append(score.score)
+        return [(position, fmean(scores), boundary) for (position, _, boundary), scores in seen.items()]
 
     @property
     def last(self) -> Frozen | None:
@@ -71,7 +73,7 @@ class _Scale:
         """A score as it stands in cells and beside curves."""
         if not self.percent or not math.isfinite(score):
             return number(score, 2 + decimals)
-        return with_minus(f"{100 * score:.{decimals}f}")
+        return with_minus(f"{round(100 * score, decimals) + 0.0:.{decimals}f}")  # no minus before 0
 
     def full(self, score: float) -> str:
         """A score with its unit."""
@@ -192,8 +194,8 @@ def _find(run: Path) -> Path:
     below = sorted(run.rglob(RECORD), key=lambda path: path.stat().st_mtime)
     if not below:
         raise FileNotFoundError(
-            f"there is no {RECORD} in or below runs={str(run)!r}: a fit with the callback ForgettingCurves writes "
-            "one into its log folder"
+            f"there is no {RECORD} in or below runs={str(run)!r}: a fit with the callback ForgettingCurves "
+            "writes one into its log folder"
         )
     return below[-1]
 
@@ -212,19 +214,21 @@ def _page(runs: Sequence[_Run]) -> str:
     scores = [score for run in runs for score in _all_scores(run.record)]
     scale = _Scale(percent=all(0 <= score <= 1 for score in scores if math.isfinite(score)))
     y = charts.axis(map(scale, scores))
+    heat = charts.axis(scale(score) for run in runs for row in run.record.matrix for score in row)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(
         runs=runs,
+        tasks=list(dict.fromkeys(len(run.record.tasks) for run in runs)),
         metric=runs[0].record.metric,
         percent=scale.percent,
         height=charts.HEIGHT,
         scores=_metrics(runs, scale),
         curves=[_curves(run, scale, y) for run in runs],
         means=_means(runs, scale) if len(runs) > 1 else None,
-        maps=[_map(run, scale, y) for run in runs],
-        heat=y,
+        maps=[_map(run, scale, heat) for run in runs],
+        heat=heat,
         heat_colours=[charts.heat_colour(step / 20)[0] for step in range(21)],
         stacks=_stacks(runs),
         histograms=_histograms(runs),
@@ -299,42 +303,32 @@ def _overlay(
     title: str,
     unit: str,
     runs: Sequence[_Run],
-    points: Sequence[Sequence[Point]],
-    last: Callable[[float], str],
+    values: Sequence[Sequence[tuple[float, float, bool]]],
+    scale: _Scale,
 ) -> _Lines:
-    """A line for each run, over the positions of the longest sequence."""
+    """A line for each run, of position, value and whether it is a boundary's, over the longest sequence."""
     tasks = max((run.record.tasks for run in runs), key=len)
     x = charts.positions(len(tasks))
-    y = charts.axis(value for line in points for _, value, _, _ in line)
-    lines = [charts.line(run.name, run.colour, x, y, line) for run, line in zip(runs, points, strict=True)]
-    final = [[value for _, value, _, _ in line if math.isfinite(value)] for line in points]
+    y = charts.axis(scale(value) for of_run in values for _, value, _ in of_run)
+    lines = []
+    for run, of_run in zip(runs, values, strict=True):
+        points = [
+            (at, scale(value), f"{run.name}: {scale.full(value)}, position {number(at, 4)}", boundary)
+            for at, value, boundary in of_run
+        ]
+        lines.append(charts.line(run.name, run.colour, x, y, points))
     named = [
-        (line.name, last(values[-1]), line.colour, line.marks[-1].y)
-        for line, values in zip(lines, final, strict=True)
-        if values
+        (line.name, scale.text(of_run[-1][1]), line.colour, line.marks[-1].y)
+        for line, of_run in zip(lines, values, strict=True)
+        if line.marks
     ]
     return _Lines(title, x, y, unit, tasks, lines, charts.labels(named))
 
 
 def _means(runs: Sequence[_Run], scale: _Scale) -> _Lines:
     """The mean score over the tasks seen, a line for each run."""
-    points = [
-        [
-            (
-                position,
-                scale(mean),
-                f"{run.name}: {scale.full(mean)}, position {number(position, 4)}",
-                boundary,
-            )
-            for position, mean, boundary in run.moments
-        ]
-        for run in runs
-    ]
-    shown = _Scale(percent=False) if not scale.percent else None
-    return _overlay(
-        "Mean score over the tasks seen so far", _unit(runs[0].record.metric, scale), runs, points,
-        lambda value: number(value) if shown else f"{value:.1f}",
-    )  # fmt: skip
+    unit = _unit(runs[0].record.metric, scale)
+    return _overlay("Mean score over the tasks seen so far", unit, runs, [run.means for run in runs], scale)
 
 
 def _predicted(runs: Sequence[_Run]) -> _Lines | None:
@@ -342,22 +336,12 @@ def _predicted(runs: Sequence[_Run]) -> _Lines | None:
     runs = [run for run in runs if run.record.predicted]
     if not runs:
         return None
-    points = [
-        [
-            (
-                predicted.position,
-                predicted.forgetting,
-                f"{run.name}: {number(predicted.forgetting)} nats, position {number(predicted.position, 4)}",
-                False,
-            )
-            for predicted in run.record.predicted
-        ]
-        for run in runs
-    ]
-    return _overlay("Predicted forgetting over the sequence", "nats a sample", runs, points, number)
+    values = [[(one.position, one.forgetting, False) for one in run.record.predicted] for run in runs]
+    title = "Predicted forgetting over the sequence"
+    return _overlay(title, "nats a sample", runs, values, _Scale(percent=False))
 
 
-def _map(run: _Run, scale: _Scale, y: Axis) -> _Map:
+def _map(run: _Run, scale: _Scale, heat: Axis) -> _Map:
     """R of a run."""
     tasks = run.record.tasks
     size = 100 / len(tasks)
@@ -366,7 +350,7 @@ def _map(run: _Run, scale: _Scale, y: Axis) -> _Map:
     for learned, row in enumerate(run.record.matrix):
         for task, score in enumerate(row):
             if math.isfinite(score):
-                fill, ink = charts.heat_colour(y.at(scale(score)) / 100)
+                fill, ink = charts.heat_colour(heat.at(scale(score)) / 100)
                 text = scale.text(score, decimals=int(len(tasks) <= _MOST_DECIMALS))
                 tip = f"{tasks[task]}: {scale.full(score)} after learning {tasks[learned]}"
                 cells.append(Cell(task * size, learned * size, fill, ink, text, tip))
@@ -378,9 +362,12 @@ def _map(run: _Run, scale: _Scale, y: Axis) -> _Map:
     )  # fmt: skip
 
 
-def _short(name: str, cells: int = 12) -> str:
-    """A name that fits on an axis."""
-    return name if cell_len(name) <= cells else set_cell_size(name, cells - 1).rstrip() + "…"
+def _short(name: str) -> str:
+    """A name that fits on an axis: names often differ at their ends only."""
+    if cell_len(name) <= 2 * _HALF_A_NAME:
+        return name
+    start, end = set_cell_size(name, _HALF_A_NAME), set_cell_size(name[::-1], _HALF_A_NAME - 1)[::-1]
+    return f"{start.rstrip()}…{end.lstrip()}"
 
 
 def _stacks(runs: Sequence[_Run]) -> list[tuple[_Run, _Stack]]:
@@ -487,7 +474,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_text, value))
+        parts = [_text(part) for part in value]
+        return f"{len(parts)} times {parts[0]}" if len(parts) > 1 == len(set(parts)) else ", ".join(parts)
     if isinstance(value, float):
         return f"{value:.6g}"
     return "none" if value is None else str(value)
