@@ -43,6 +43,11 @@ class Axis:
     high: float
     ticks: list[tuple[float, str]]
 
+    @property
+    def digits(self) -> int:
+        """How long the longest of the texts is."""
+        return max(len(text) for _, text in self.ticks)
+
     def at(self, value: float) -> float:
         """Where a value lies, in % of the axis."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
@@ -140,8 +145,12 @@ def axis(values: Iterable[float]) -> Axis:
     if low == high:
         low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
     places = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
+    # Large numbers that are close together need more digits to be told apart.
+    digits = next(
+        (more for more in range(6, 16) if len({number(at, more) for at in places}) == len(places)), 16
+    )
     bare = Axis(places[0], places[-1], [])
-    return Axis(bare.low, bare.high, [(bare.at(place), number(place, 6)) for place in places])
+    return Axis(bare.low, bare.high, [(bare.at(place), number(place, digits)) for place in places])
 
 
 def positions(tasks: int) -> Axis:
