@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import runpy
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -10,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_blip import charts, cli
+from lightning_blip import charts
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from lightning_blip.report import report
 from lightning_blip.run_record import Frozen, LayerBits, Predicted, RunRecord, Score
@@ -264,8 +265,8 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path):
 
 
 def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lightning-blip", "report", *map(str, arguments)])
-    cli.main()
+    monkeypatch.setattr(sys, "argv", ["lightning_blip", "report", *map(str, arguments)])
+    runpy.run_module("lightning_blip", run_name="__main__")
 
 
 def test_the_command_line_makes_the_page_and_says_where(tmp_path, monkeypatch, capsys):
