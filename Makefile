@@ -3,12 +3,12 @@ DATA ?= data
 TABLE ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test nightly benchmarks clean
+.PHONY: demo test nightly benchmarks browser clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
 
-test: .venv/.ready
+test: .venv/.ready browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,6 +31,12 @@ benchmarks: .venv/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps backpack-for-pytorch timm
 	touch $@
+
+# The report is looked at in a real browser.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no chromium, and it cannot be installed here: the browser tests of the report are skipped"
 
 clean:
 	rm -rf .venv

@@ -1,0 +1,5 @@
+"""``python -m lightning_blip`` is the command line."""
+
+from lightning_blip.cli import main
+
+main()
