@@ -18,7 +18,7 @@ from lightning_blip.randomness import random_state, set_random_state
 from lightning_blip.streams import Task
 
 if TYPE_CHECKING:
-    from lightning_blip.datamodule import TaskSequenceDataModule
+    from lightning_blip.task_sequence import TaskSequence
 
 # What Lightning puts where the user gave the Trainer no max_epochs.
 _UNSET_MAX_EPOCHS = (None, -1, 1000)
@@ -353,10 +353,11 @@ def position(trainer: pl.Trainer) -> float:
     """
     tasks = sequence(trainer)
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return tasks.task.index + tasks.share_done(batches, trainer.num_training_batches)
+    index: int = tasks.task.index
+    return index + tasks.share_done(batches, trainer.num_training_batches)
 
 
-def sequence(trainer: pl.Trainer) -> TaskSequenceDataModule:
+def sequence(trainer: pl.Trainer) -> TaskSequence[Any]:
     """The sequence of tasks that a Trainer learns.
 
     Args:
@@ -384,11 +385,11 @@ def has_tasks(trainer: pl.Trainer) -> bool:
         trainer: The Trainer.
 
     Returns:
-        True if its data module is a :class:`TaskSequenceDataModule`.
+        True if its data module is a :class:`TaskSequence`.
     """
-    from lightning_blip.datamodule import TaskSequenceDataModule  # which brings this callback along
+    from lightning_blip.task_sequence import TaskSequence  # which brings this callback along
 
-    return isinstance(getattr(trainer, "datamodule", None), TaskSequenceDataModule)
+    return isinstance(getattr(trainer, "datamodule", None), TaskSequence)
 
 
 def _show_one_task(trainer: pl.Trainer) -> None:
@@ -436,8 +437,8 @@ def _name_those_of(task: int, metrics: dict[str, Tensor]) -> None:
     metrics |= {name.removesuffix(suffix): value for name, value in metrics.items() if name.endswith(suffix)}
 
 
-def _check_validation_step(pl_module: pl.LightningModule, tasks: TaskSequenceDataModule) -> None:
-    validates = len(tasks) > 1 and tasks[0].val is not None and overrides(pl_module, "validation_step")
+def _check_validation_step(pl_module: pl.LightningModule, tasks: TaskSequence[Any]) -> None:
+    validates = len(tasks) > 1 and tasks.validates and overrides(pl_module, "validation_step")
     if validates and "dataloader_idx" not in inspect.signature(pl_module.validation_step).parameters:
         raise ValueError(
             f"{type(pl_module).__name__}.validation_step will be run on each of {len(tasks)} tasks: give it "

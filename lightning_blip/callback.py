@@ -408,7 +408,7 @@ class BLIP(Callback):
         """Consolidates the task that was just learned."""
         if not any(isinstance(one, TaskStopping) and one.restore_best for one in callbacks_of(trainer)):
             self._mean.put_in_place(pl_module)
-        batches = TaskBatches(sequence(trainer).train_dataloader(), trainer)
+        batches = TaskBatches(sequence(trainer).task_dataloader(), trainer)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         try:
             self._consolidate(pl_module, batches, quiet)

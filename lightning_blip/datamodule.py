@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, cast
@@ -13,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from typing_extensions import Unpack
 
 from lightning_blip import processes, streams
-from lightning_blip.bases import LightningDataModule, callbacks_of
-from lightning_blip.boundaries import TaskBoundaries
+from lightning_blip.randomness import generator_of
 from lightning_blip.streams import MappedDataset, Samples, Task
+from lightning_blip.task_sequence import TaskSequence, check_names
 
 
 class LoadingOptions(TypedDict, total=False):
@@ -28,7 +27,7 @@ class LoadingOptions(TypedDict, total=False):
     seed: int
 
 
-class TaskSequenceDataModule(LightningDataModule):
+class TaskSequenceDataModule(TaskSequence[Task]):
     """Feeds tasks one after another: one ``trainer.fit`` learns the whole sequence.
 
     ``train_dataloader`` gives the current task; ``val_dataloader`` one loader for each task seen so far, so
@@ -69,7 +68,6 @@ class TaskSequenceDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"val_fraction={val_fraction} must be a share of the training set, 0 to below 1")
         if batch_size < 1:
@@ -78,16 +76,10 @@ class TaskSequenceDataModule(LightningDataModule):
         if val_fraction:
             tasks = [streams.hold_out(task, val_fraction, seed) for task in tasks]
             _check_tasks(tasks)
-        self.tasks = [replace(task, index=index) for index, task in enumerate(tasks)]
-        self.epochs = _epochs(epochs_per_task, len(tasks))
-        self.batch_size = batch_size
+        tasks = [replace(task, index=index) for index, task in enumerate(tasks)]
+        super().__init__(tasks, _epochs(epochs_per_task, len(tasks)), batch_size)
         self.num_workers = num_workers
         self.seed = seed
-        self.learned = 0
-        self.epoch = 0
-        #: Whether a checkpoint was restored that holds the optimizers of the task before.
-        self.optimizers_are_stale = False
-        self._crossing = False
 
     @classmethod
     def split_classes(
@@ -127,51 +119,10 @@ class TaskSequenceDataModule(LightningDataModule):
         """One task a data set, see :func:`lightning_blip.streams.chain`."""
         return cls(streams.chain(datasets, names), **options)
 
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Task:
-        return self.tasks[index]
-
-    def __repr__(self) -> str:
-        lines = [
-            f"  {'>' if task.index == self.learned else ' '} {task}, {epochs} epochs"
-            for task, epochs in zip(self.tasks, self.epochs, strict=True)
-        ]
-        return "\n".join([f"TaskSequenceDataModule({self.learned} of {len(self)} tasks learned)", *lines])
-
-    __str__ = __repr__
-
     @property
-    def task(self) -> Task:
-        """The task being learned; the last one when all are."""
-        return self.tasks[min(self.learned, len(self) - 1)]
-
-    @property
-    def remaining_epochs(self) -> int:
-        """How many epochs are left, over all tasks to come."""
-        return sum(self.epochs[self.learned :]) - self.epoch
-
-    def share_done(self, batches: int, of: float) -> float:
-        """The share of the current task's training that is done, 0 to 1, if it is not ended early.
-
-        Args:
-            batches: How many of the current epoch are done.
-            of: How many an epoch has.
-
-        Returns:
-            The share.
-        """
-        return (self.epoch + batches / of) / self.epochs[self.task.index]
-
-    def setup(self, stage: str) -> None:
-        """Puts the owner of the boundaries in its place."""
-        trainer = self.trainer
-        assert trainer is not None
-        callbacks = callbacks_of(trainer)
-        if not any(isinstance(callback, TaskBoundaries) for callback in callbacks):
-            callbacks.insert(0, TaskBoundaries())
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+    def validates(self) -> bool:
+        """Whether the tasks have validation sets."""
+        return self.tasks[0].val is not None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The current task, its samples in the order of this epoch; in each process a part of them."""
@@ -188,47 +139,6 @@ class TaskSequenceDataModule(LightningDataModule):
         return self._in_order([task.test for task in self.tasks])
 
     predict_dataloader = test_dataloader
-
-    def end_epoch(self) -> bool:
-        """Counts an epoch of the current task.
-
-        Returns:
-            Whether it was the task's last.
-        """
-        self.epoch += 1
-        return self.epoch >= self.epochs[self.task.index]
-
-    def close_task(self) -> None:
-        """From here on a checkpoint says that the current task is learned, though it is still shown."""
-        self._crossing = True
-
-    def next_task(self) -> bool:
-        """Moves on to the next task.
-
-        Returns:
-            Whether there is one.
-        """
-        self.learned += 1
-        self.epoch = 0
-        self._crossing = False
-        return self.learned < len(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the sequence."""
-        if self._crossing:
-            return {"learned": self.learned + 1, "epoch": 0, "crossing": True}
-        return {"learned": self.learned, "epoch": self.epoch, "crossing": False}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes back to a saved position."""
-        if state_dict["learned"] > len(self):
-            raise ValueError(
-                f"The checkpoint has learned {state_dict['learned']} tasks, this sequence has {len(self)}: "
-                "resume with the tasks that it was trained on"
-            )
-        self.learned = state_dict["learned"]
-        self.epoch = state_dict["epoch"]
-        self.optimizers_are_stale = state_dict["crossing"]
 
     def _in_order(self, parts: Sequence[Samples | None]) -> list[DataLoader[Any]]:
         return [self._loader(samples, None) for samples in parts if samples is not None]
@@ -247,12 +157,8 @@ class TaskSequenceDataModule(LightningDataModule):
             collate_fn=collate,
             # Of its own: else each loader would draw from the global random numbers, how often depends on
             # whether a fit was resumed.
-            generator=_generator(order.key if order else (self.seed,)),
+            generator=generator_of(order.key if order else (self.seed,)),
         )
-
-
-def _generator(key: tuple[int, ...]) -> torch.Generator:
-    return torch.Generator().manual_seed(random.Random(str(key)).getrandbits(63))
 
 
 class _EpochOrder(DistributedSampler[Any]):
@@ -268,7 +174,7 @@ class _EpochOrder(DistributedSampler[Any]):
         self.skipped = 0
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(cast(Any, self.dataset)), generator=_generator(self.key))
+        order = torch.randperm(len(cast(Any, self.dataset)), generator=generator_of(self.key))
         repeated = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
         yield from repeated[self.rank :: self.num_replicas][self.skipped :].tolist()
 
@@ -312,12 +218,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _check_tasks(tasks: Sequence[Task]) -> None:
-    if not tasks:
-        raise ValueError("tasks=[] is no sequence: give at least one Task")
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Tasks share the names {twice}: logs and curves go by name, give each its own")
+    check_names([task.name for task in tasks])
     for task in tasks:
         for part in ("train", "val", "test"):
             samples = getattr(task, part)

@@ -1,4 +1,4 @@
-"""The state of all random number generators, so that a resumed fit draws what the unbroken one would have."""
+"""Random numbers that a resumed fit draws as the unbroken one would have."""
 
 from __future__ import annotations
 
@@ -46,3 +46,19 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state({**state["numpy"], "state": {**twister, "key": key}})  # noqa: NPY002
     version, words, next_gauss = state["python"]
     random.setstate((version, tuple(words), next_gauss))
+
+
+def generator_of(key: tuple[int, ...]) -> torch.Generator:
+    """A generator of its own for what has a key, such as (seed, task, epoch).
+
+    Args:
+        key: Of what is drawn: whatever else has been drawn before makes no difference.
+
+    Returns:
+        The generator, on the CPU.
+
+    Example:
+        >>> torch.equal(*(torch.randperm(9, generator=generator_of((0, 1))) for _ in range(2)))
+        True
+    """
+    return torch.Generator().manual_seed(random.Random(str(key)).getrandbits(63))

@@ -44,7 +44,7 @@ class EWC(QuadraticPenalty):
         """The task's Fisher information."""
         return diagonal_fisher(
             pl_module,
-            sequence(trainer).train_dataloader(),
+            sequence(trainer).task_dataloader(),
             samples=self.samples,
             generator=torch.Generator().manual_seed(task.index),
             parameters=tracked(pl_module),

@@ -80,7 +80,7 @@ class GPM(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Takes in the directions of the task that was just learned."""
-        batches = sequence(trainer).train_dataloader()
+        batches = sequence(trainer).task_dataloader()
         inputs = layer_inputs(pl_module, self._layers, batches, self.samples)
         for index, (name, R) in enumerate(inputs.items()):
             M = self._memory.get(name, R.new_zeros(len(R), 0)).to(R.dtype)

@@ -48,7 +48,7 @@ class MAS(QuadraticPenalty):
 
     def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """The sensitivity of the task's outputs."""
-        batches = sequence(trainer).train_dataloader()
+        batches = sequence(trainer).task_dataloader()
         return sensitivity(pl_module, tracked(pl_module), batches, self.samples)
 
 
