@@ -1,0 +1,189 @@
+"""Proximal policy optimization: an agent that learns environments, one after another or a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from lightning_blip import TaskHeads
+from lightning_blip.environments import Episodes, Rollout
+
+
+def categorical(output: Tensor) -> Distribution:
+    """The policy over discrete actions that logits (N, actions) give."""
+    return Categorical(logits=output)
+
+
+def gaussian(output: Tensor) -> Distribution:
+    """The policy over continuous actions that (N, 2 · actions) give: means, then logarithms of deviations."""
+    mean, log_deviation = output.chunk(2, -1)
+    return Independent(Normal(mean, log_deviation.clamp(-5.0, 2.0).exp()), 1)
+
+
+class PPO(pl.LightningModule):
+    """An actor and a critic with a head each for every task, above a body that they share.
+
+    Weights begin orthogonal, biases at zero; the rate falls linearly to zero over each task.
+
+    Args:
+        body: From observations to features.
+        features: How many.
+        actions: Of each task: how many discrete actions, or the dimension of continuous ones.
+        continuous: Whether actions are continuous: drawn from normal distributions, mean and deviation learned.
+        lr: Adam's rate at a task's beginning.
+        clip: How far the ratio of new to old probabilities counts.
+        discount: γ.
+        trace: λ of the generalised advantage estimate.
+        value_weight: Of the critic's loss.
+        entropy_weight: Of the policy's entropy.
+        max_norm: Of the gradient.
+        reward_scale: What rewards are multiplied by, so that the critic's errors do not outweigh the policy.
+
+    Source:
+        Schulman, Wolski, Dhariwal, Radford, Klimov, Proximal policy optimization algorithms, arXiv 1707.06347.
+        The defaults are those of Shi et al., CVPR 2021, for Atari.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        features: int,
+        actions: Sequence[int],
+        continuous: bool = False,
+        lr: float = 2.5e-4,
+        clip: float = 0.1,
+        discount: float = 0.99,
+        trace: float = 0.95,
+        value_weight: float = 0.5,
+        entropy_weight: float = 0.01,
+        max_norm: float = 0.5,
+        reward_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.head = TaskHeads(features, [2 * count for count in actions] if continuous else actions)
+        self.critic = TaskHeads(features, [1] * len(actions))
+        self.policy = gaussian if continuous else categorical
+        self.lr = lr
+        self.clip = clip
+        self.discount = discount
+        self.trace = trace
+        self.value_weight = value_weight
+        self.entropy_weight = entropy_weight
+        self.max_norm = max_norm
+        self.reward_scale = reward_scale
+        for part, gain in ((self.body, 2**0.5), (self.head, 0.01), (self.critic, 1.0)):
+            _begin_orthogonal(part, gain)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """What gives the policy: logits, or means and logarithms of deviations."""
+        output: Tensor = self.head(self.body(observations))
+        return output
+
+    def act(self, observations: Tensor, explore: bool) -> dict[str, Tensor]:
+        """Draws an action, or takes the most probable one; keeps its probability and what the critic said."""
+        features = self.body(observations)
+        policy = self.policy(self.head(features))
+        actions = policy.sample() if explore else policy.mode
+        return {
+            "actions": actions,
+            "log_probs": policy.log_prob(actions),
+            "values": self.critic(features).squeeze(-1),
+        }
+
+    @torch.no_grad()
+    def targets(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Adds advantages and returns; where an episode's time was up, the critic says what was to come."""
+        rewards = self.reward_scale * rollout.rewards
+        if len(rollout.cut):
+            rewards[tuple(rollout.cut.T)] += self.discount * self._value(rollout.after_cut)
+        values = rollout.decisions["values"]
+        advantages = advantage(
+            rewards, values, rollout.ended, self._value(rollout.following), self.discount, self.trace
+        )
+        return {**rollout.decisions, "advantages": advantages, "returns": advantages + values}
+
+    def training_step(self, batch: tuple[Tensor, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """The clipped losses of policy and critic, and the policy's entropy."""
+        observations, old = batch
+        features = self.body(observations)
+        policy, values = self.policy(self.head(features)), self.critic(features).squeeze(-1)
+        ratio = (policy.log_prob(old["actions"]) - old["log_probs"]).exp()
+        near = ratio.clamp(1 - self.clip, 1 + self.clip)
+        advantages = old["advantages"]
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        policy_loss = -torch.minimum(ratio * advantages, near * advantages).mean()
+        value_loss = 0.5 * (values - old["returns"]).square().mean()
+        entropy = policy.entropy().mean()
+        self.log_dict({"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy})
+        return policy_loss + self.value_weight * value_loss - self.entropy_weight * entropy
+
+    def validation_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Logs the mean return of the episodes."""
+        self.log("val_return", batch.play(self).mean(), batch_size=batch.count)
+
+    def test_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Logs the mean return of the episodes."""
+        self.log("test_return", batch.play(self).mean(), batch_size=batch.count)
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        """Clips the gradient's norm."""
+        self.clip_gradients(optimizer, self.max_norm, "norm")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Adam, its rate falling to zero over the task."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, eps=1e-5)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _value(self, observations: Tensor) -> Tensor:
+        value: Tensor = self.critic(self.body(observations)).squeeze(-1)
+        return value
+
+
+def advantage(
+    rewards: Tensor, values: Tensor, ended: Tensor, following: Tensor, discount: float, trace: float
+) -> Tensor:
+    """The generalised advantage estimate.
+
+    Args:
+        rewards: (T, N).
+        values: (T, N), what the critic expected before each step.
+        ended: (T, N), whether the episode ended with the step.
+        following: (N,), what it expects after the last step.
+        discount: γ.
+        trace: λ.
+
+    Returns:
+        (T, N): Σ_k (γλ)^k · δ_{t+k} up to the episode's end, δ_t = r_t + γ·V_{t+1} − V_t.
+
+    Example:
+        >>> one = torch.ones(2, 1)
+        >>> advantage(one, 0 * one, one < 0, torch.zeros(1), discount=0.5, trace=1.0).T
+        tensor([[1.5000, 1.0000]])
+
+    Source:
+        Schulman, Moritz, Levine, Jordan, Abbeel, High-dimensional continuous control using generalized
+        advantage estimation, ICLR 2016.
+    """
+    goes_on = (~ended).to(rewards.dtype)
+    surprise = rewards + discount * goes_on * torch.cat([values[1:], following[None]]) - values
+    advantages, later = torch.zeros_like(rewards), torch.zeros_like(following)
+    for time in reversed(range(len(rewards))):
+        later = surprise[time] + discount * trace * goes_on[time] * later
+        advantages[time] = later
+    return advantages
+
+
+def _begin_orthogonal(module: nn.Module, gain: float) -> None:
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(part.weight, gain)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
