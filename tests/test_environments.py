@@ -1,0 +1,315 @@
+"""EnvSequence: environments one after another in one fit, and again the same when it is resumed."""
+
+from functools import partial
+
+import gymnasium
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from gymnasium.spaces import Box, Discrete
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+
+from benchmarks.ppo import PPO, gaussian
+from lightning_blip import BLIP, EnvSequence, ForgettingCurves, TaskBoundaries
+from lightning_blip.environments import Episodes
+from tests.networks import QUIET
+from tests.test_boundaries import Recorder, same
+
+
+class Counting(gymnasium.Env):
+    """Shows how many steps were taken, and noise; pays the action, and ends, or has its time up."""
+
+    observation_space = Box(-100, 100, (3,), np.float64)
+
+    def __init__(self, length=5, up=False, continuous=False):
+        self.length, self.up = length, up
+        self.action_space = Box(-1, 1, (1,), np.float32) if continuous else Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.drift = 0, 0.0
+        return self.seen(), {}
+
+    def step(self, action):
+        self.time += 1
+        paid = float(np.asarray(action).item())
+        self.drift += paid
+        over = self.time == self.length
+        return self.seen(), paid, over and not self.up, over and self.up, {}
+
+    def seen(self):
+        return np.array([self.time, self.drift, self.np_random.normal()])
+
+
+def sequence(*makes, **options):
+    makes = makes or (Counting, partial(Counting, 7))
+    options = {
+        "steps_per_task": 96, "num_envs": 4, "rollout_steps": 8, "updates_per_epoch": 2, "passes": 2,
+        "batch_size": 12, "episodes": 3, "names": [f"game {i}" for i in range(len(makes))], **options,
+    }  # fmt: skip
+    return EnvSequence(makes, **options)
+
+
+def agent(tasks=2, **options):
+    return PPO(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2] * tasks, lr=0.01, **options)
+
+
+def fit(tasks, module=None, callbacks=(), ckpt_path=None, **options):
+    trainer = pl.Trainer(**{**QUIET, "num_sanity_val_steps": 0, "callbacks": list(callbacks), **options})
+    trainer.fit(module or agent(), datamodule=tasks, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_it_reads_as_a_sequence_of_tasks():
+    tasks = EnvSequence(["CartPole-v1", "Acrobot-v1"], steps_per_task=[1_000, 10_000], num_envs=4)
+    assert [task.name for task in tasks] == ["CartPole-v1", "Acrobot-v1"]
+    assert tasks.epochs == [1, 2]  # of 5,000 steps
+    assert "> EnvTask('CartPole-v1'" in repr(tasks)
+    assert "EnvSequence(0 of 2 tasks learned)" in repr(tasks)
+
+
+def test_one_fit_learns_every_environment_and_everyone_hears_of_the_boundaries(tmp_path):
+    recorder, curves = Recorder(), ForgettingCurves("val_return")
+    trainer = fit(sequence(), callbacks=[recorder, curves], default_root_dir=tmp_path)
+    assert recorder.events == [
+        ("start", 0), ("epoch", 0), ("validated", 0, 1), ("epoch", 0), ("validated", 0, 1),
+        ("end", 0), ("validated", 0, 1),
+        ("start", 1), ("epoch", 1), ("validated", 1, 2), ("epoch", 1), ("validated", 1, 2),
+        ("end", 1), ("validated", 1, 2),
+    ]  # fmt: skip
+    assert isinstance(trainer.callbacks[0], TaskBoundaries)
+    assert curves.matrix.tril().isfinite().all()
+    assert curves.matrix[1, 1] <= 7
+
+
+class Noting(PPO):
+    """Keeps its rollouts and batches, and with which head it acted."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2, 2])
+        self.rollouts, self.batches, self.acted, self.trained = [], [], [], []
+
+    def act(self, observations, explore):
+        self.acted.append((self.trainer.datamodule.task.index, explore, self.head.active, self.critic.active))
+        return super().act(observations, explore)
+
+    def targets(self, rollout):
+        self.rollouts.append(rollout)
+        return super().targets(rollout)
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch)
+        self.trained.append((self.trainer.datamodule.task.index, self.head.active))
+        return super().training_step(batch, batch_idx)
+
+
+def test_batches_are_the_rollout_shuffled_once_a_pass():
+    module = Noting()
+    fit(sequence(Counting, steps_per_task=64, episodes=1, names=["game"]), module)
+    assert (len(module.rollouts), len(module.batches)) == (2, 2 * 2 * 3)
+    whole = module.rollouts[0].observations.flatten(0, 1)
+    for one_pass in (module.batches[:3], module.batches[3:6]):
+        seen = torch.cat([observations for observations, _ in one_pass])
+        assert torch.equal(seen.sort(0).values, whole.sort(0).values)
+        assert not torch.equal(seen, whole)
+    targets = super(Noting, module).targets(module.rollouts[0])
+    for observations, batch in module.batches[:3]:
+        for row, returned in zip(observations, batch["returns"], strict=True):
+            (place,) = (whole == row).all(1).nonzero()
+            assert targets["actions"].flatten()[place] == batch["actions"][(observations == row).all(1)]
+            assert returned.isfinite()
+
+
+def test_a_rollout_goes_on_through_the_ends_of_episodes_and_keeps_what_was_cut_off():
+    module = Noting()
+    fit(sequence(partial(Counting, up=True), steps_per_task=64, episodes=1, names=["game"]), module)
+    first, second = module.rollouts
+    assert first.observations[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert second.observations[:, 0, 0].tolist() == [3, 4, 0, 1, 2, 3, 4, 0]
+    assert torch.equal(first.following, second.observations[0])
+    assert first.ended.nonzero().tolist() == first.cut.tolist() == [[4, i] for i in range(4)]
+    assert first.after_cut[:, 0].tolist() == [5] * 4
+    drift = first.rewards[:5].sum(0)
+    assert torch.equal(first.after_cut[:, 1], drift)
+    assert torch.equal(first.rewards, first.decisions["actions"].float())
+
+
+def test_nothing_is_cut_off_where_episodes_end_by_themselves():
+    module = Noting()
+    fit(sequence(Counting, steps_per_task=64, episodes=1, names=["game"]), module)
+    assert module.rollouts[0].cut.shape == (0, 2)
+    assert int(module.rollouts[0].ended.sum()) == 4
+
+
+def test_heads_follow_the_task_in_rollouts_and_the_environment_in_evaluation():
+    module = Noting()
+    trainer = fit(sequence(), module)
+    assert set(module.trained) == {(0, 0), (1, 1)}
+    assert {one for one in module.acted if one[1]} == {(0, True, 0, 0), (1, True, 1, 1)}
+    assert {one[2] for one in module.acted if one[0] == 1 and not one[1]} == {0, 1}
+    results = trainer.test(module, datamodule=trainer.datamodule, verbose=False)
+    assert [set(result) for result in results] == [{f"test_return/dataloader_idx_{i}"} for i in range(2)]
+
+
+def test_episodes_are_played_to_their_end_and_are_the_same_each_time():
+    class Right(PPO):
+        def act(self, observations, explore):
+            assert not explore
+            return {"actions": torch.ones(len(observations), dtype=torch.int64)}
+
+    module = Right(nn.Linear(3, 8), 8, [2])
+    assert Episodes(partial(Counting, 6), 3, seed=0).play(module).tolist() == [6, 6, 6]
+    module = PPO(nn.Linear(4, 8), 8, [2])
+    episodes = Episodes("CartPole-v1", 5, seed=3)
+    returns = episodes.play(module)
+    assert torch.equal(returns, episodes.play(module))
+    assert len(set(returns.tolist())) > 1
+    # Those who are out are not counted while the others go on.
+    each = [Episodes("CartPole-v1", 1, seed=3 + i).play(module).item() for i in range(5)]
+    assert returns.tolist() == each
+
+
+def test_information_is_measured_on_new_rollouts_of_the_task():
+    class Seeing(pl.Callback):
+        seen = []
+
+        def on_task_end(self, trainer, pl_module, task):
+            self.seen.append([batch for batch in trainer.datamodule.task_dataloader()])
+
+    fit(sequence(), Noting(), [Seeing()])
+    assert [len(batches) for batches in Seeing.seen] == [2, 2]
+    for batches, length in zip(Seeing.seen, (5, 7), strict=True):
+        observations, actions = batches[0]
+        assert observations.shape == (32, 3)
+        assert actions.shape == (32,)
+        assert observations[:, 0].max() == length - 1
+
+
+def parts(**options):
+    torch.manual_seed(1)
+    return sequence(seed=7), agent(), BLIP(prior=1e-4, **options), Recorder()
+
+
+class Killed(pl.Callback):
+    """Ends a run right after a checkpoint was saved at this step."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.after:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize(
+    ("step", "basis"),
+    [(4, "diagonal"), (6, "diagonal"), (17, "diagonal"), (30, "diagonal"), (17, "kronecker"), (40, "kronecker")],
+)
+def test_a_fit_resumed_in_the_middle_of_a_game_ends_as_the_unbroken_one(tmp_path, step, basis):
+    tasks, whole, blip, unbroken = parts(basis=basis)
+    fit(tasks, whole, [blip, unbroken])
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=step)
+    tasks, module, first, recorder = parts(basis=basis)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tasks, module, [first, recorder, saves, Killed(step)], enable_checkpointing=True)
+    tasks, module, second, resumed = parts(basis=basis)
+    with torch.no_grad():
+        for theta in module.parameters():
+            theta.zero_()
+    trainer = fit(tasks, module, [second, resumed], ckpt_path=saves.best_model_path)
+    assert trainer.global_step == 48
+    assert same(module.state_dict(), whole.state_dict())
+    assert same(second.bits(), blip.bits())
+    assert same(second.precision(), blip.precision())
+    assert second.tasks_learned == 2
+
+
+def test_frozen_bits_stay_through_the_games_that_follow():
+    class Frozen(pl.Callback):
+        before = None
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if blip.tasks_learned:
+                codes = {
+                    name: state.frozen_code(dict(pl_module.named_parameters())[name])
+                    for name, state in blip._network.parameters.items()
+                }
+                self.before = self.before or codes
+                assert same(codes, self.before)
+
+    blip, frozen = BLIP(prior=1e-6, pull=0.0, damping=0.0), Frozen()
+    fit(sequence(), agent(), [blip, frozen])
+    assert sum(int((bits > 0).sum()) for bits in blip.bits().values()) > 10
+    assert set(frozen.before) == {"body.0.weight", "body.0.bias"}
+
+
+def test_a_policy_of_continuous_actions_has_information_too():
+    make = partial(Counting, continuous=True)
+    module = PPO(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [1, 1], continuous=True)
+    blip = BLIP(likelihood=gaussian)
+    fit(sequence(make, partial(Counting, 7, continuous=True)), module, [blip])
+    assert blip.tasks_learned == 2
+    assert blip.report["blip/information_gain"] > 0
+
+
+def test_actions_out_of_bounds_are_clipped():
+    class Far(PPO):
+        def act(self, observations, explore):
+            return {"actions": torch.full((len(observations), 1), 9.0)}
+
+    module = Far(nn.Linear(3, 8), 8, [1], continuous=True)
+    assert Episodes(partial(Counting, 4, continuous=True), 2, seed=0).play(module).tolist() == [4, 4]
+
+
+class Whimsical(Counting):
+    def seen(self):
+        return np.random.default_rng().normal(size=3)
+
+
+def test_an_environment_that_does_not_repeat_itself_is_told_of(tmp_path):
+    def whimsical():
+        return sequence(Whimsical, partial(Whimsical, 7))
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=4)
+    fit(whimsical(), callbacks=[saves], max_steps=4, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="did not do again what it did before"):
+        fit(whimsical(), ckpt_path=saves.best_model_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_envs": 0}, "num_envs=0 must be at least 1"),
+        ({"steps_per_task": [10]}, r"steps_per_task=\[10\] must be one number, or one for each of the 2"),
+        ({"names": ["a"]}, r"names=\['a'\] must be one for each of the 2"),
+        ({"names": ["a", "a"]}, r"Tasks share the names \['a'\]"),
+    ],
+)
+def test_arguments_that_are_off_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        sequence(**options)
+    with pytest.raises(ValueError, match="is no sequence"):
+        EnvSequence([], steps_per_task=10)
+
+
+def test_a_module_that_cannot_act_is_told_what_to_define():
+    class Passive(pl.LightningModule):
+        pass
+
+    with pytest.raises(ValueError, match="Passive has no act and no targets: define what"):
+        sequence().__class__.setup(_attached(sequence(), Passive()), "fit")
+
+
+def _attached(tasks, module):
+    trainer = pl.Trainer(**QUIET)
+    trainer.strategy.connect(module)
+    tasks.trainer = trainer
+    return tasks
+
+
+def test_without_gymnasium_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-blip\[rl\]'"):
+        EnvSequence(["CartPole-v1"], steps_per_task=1)
