@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
@@ -34,7 +35,8 @@ class PPO(pl.LightningModule):
         body: From observations to features.
         features: How many.
         actions: Of each task: how many discrete actions, or the dimension of continuous ones.
-        continuous: Whether actions are continuous: drawn from normal distributions, mean and deviation learned.
+        continuous: Whether actions are continuous: drawn from normal distributions, whose means and
+            deviations are learned.
         lr: Adam's rate at a task's beginning.
         clip: How far the ratio of new to old probabilities counts.
         discount: γ.
@@ -45,8 +47,9 @@ class PPO(pl.LightningModule):
         reward_scale: What rewards are multiplied by, so that the critic's errors do not outweigh the policy.
 
     Source:
-        Schulman, Wolski, Dhariwal, Radford, Klimov, Proximal policy optimization algorithms, arXiv 1707.06347.
-        The defaults are those of Shi et al., CVPR 2021, for Atari.
+        Schulman, Wolski, Dhariwal, Radford, Klimov, Proximal policy optimization algorithms, arXiv
+        1707.06347, without clipping the critic's loss. The defaults are those of Shi et al., CVPR 2021, for
+        Atari.
     """
 
     def __init__(
@@ -121,7 +124,8 @@ class PPO(pl.LightningModule):
         value_loss = 0.5 * (values - old["returns"]).square().mean()
         entropy = policy.entropy().mean()
         self.log_dict({"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy})
-        return policy_loss + self.value_weight * value_loss - self.entropy_weight * entropy
+        loss: Tensor = policy_loss + self.value_weight * value_loss - self.entropy_weight * entropy
+        return loss
 
     def validation_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Logs the mean return of the episodes."""
@@ -131,11 +135,11 @@ class PPO(pl.LightningModule):
         """Logs the mean return of the episodes."""
         self.log("test_return", batch.play(self).mean(), batch_size=batch.count)
 
-    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips the gradient's norm."""
         self.clip_gradients(optimizer, self.max_norm, "norm")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, its rate falling to zero over the task."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, eps=1e-5)
         steps = int(self.trainer.estimated_stepping_batches)

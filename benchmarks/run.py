@@ -18,18 +18,25 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from benchmarks.games import GAMES, Games
 from benchmarks.joint import learn_jointly
 from benchmarks.machine import machine
 from benchmarks.memory import held_bytes
 from benchmarks.methods import METHODS
 from benchmarks.networks import Classifier
+from benchmarks.ppo import PPO
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.record import Record
 from benchmarks.scoring import accuracy
 from benchmarks.trainer import quiet_trainer
-from lightning_blip import BLIP, ForgettingCurves, Task, TaskHeads, TaskSequenceDataModule
+from lightning_blip import BLIP, EnvSequence, ForgettingCurves, Task, TaskHeads, TaskSequenceDataModule
 from lightning_blip.boundaries import sequence
 from lightning_blip.metrics import average_score, backward_transfer, forward_transfer
+
+#: By name, of data sets and of environments.
+STREAMS: dict[str, Protocol | Games] = {**PROTOCOLS, **GAMES}
+# Methods that need the samples and labels of data sets.
+_NEED_LABELS = ("lwf", "joint")
 
 #: Is told where a run is, in words, and how much of it is done, 0 to 1.
 Report = Callable[[str, float], None]
@@ -50,14 +57,14 @@ class Run:
         settings: Arguments of the method; its own defaults where not given.
     """
 
-    protocol: Protocol
+    protocol: Protocol | Games
     method: str
     settings: dict[str, Any]
 
     @property
     def label(self) -> list[str]:
         """All that tells the run from others: stream, method, settings, and any unusual length."""
-        usual = PROTOCOLS[self.protocol.name]
+        usual = STREAMS[self.protocol.name]
         given = dict(sorted(self.settings.items()))
         for name in ("tasks", "epochs"):
             if getattr(self.protocol, name) != getattr(usual, name):
@@ -135,8 +142,8 @@ class Run:
         if self.method == "joint":
             R = torch.full((len(stream), len(stream)), torch.nan)
             R[-1] = learn_jointly(
-                module,
-                stream,
+                cast(Classifier, module),
+                cast(TaskSequenceDataModule, stream),
                 self.protocol.epochs,
                 self.protocol.batch_size,
                 seed,
@@ -167,8 +174,8 @@ class Run:
 
     def _learn_in_sequence(
         self,
-        module: Classifier,
-        stream: TaskSequenceDataModule,
+        module: Classifier | PPO,
+        stream: TaskSequenceDataModule | EnvSequence,
         watch: _Watch,
         device: str,
         unfinished: Path | None,
@@ -189,7 +196,7 @@ class Run:
             )
             begun = unfinished if unfinished is not None and unfinished.exists() else None
             trainer.fit(module, datamodule=stream, ckpt_path=begun)
-        R = watch.curves.matrix.clone()
+        R = watch.curves.matrix / self.protocol.best
         R.diagonal(offset=1)[: len(watch.ahead)] = torch.tensor(watch.ahead)
         return R
 
@@ -206,6 +213,7 @@ class _Watch(pl.Callback):
         self.ahead: list[float] = []  # of each task but the first, right before it is learned
         self._label = " ".join([*run.label, f"seed={seed}"])
         self._epochs = run.protocol.epochs
+        self._best = run.protocol.best
         self._report = report
         self._begun = 0.0
 
@@ -227,11 +235,11 @@ class _Watch(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds = time.perf_counter() - self._begun
         epoch, epochs = trainer.current_epoch, trainer.fit_loop.max_epochs or 1
-        mean = average_score(self.curves.matrix)
+        mean = average_score(self.curves.matrix / self._best)
         self._report(
             f"{self._label}: task {epoch // self._epochs + 1} of {epochs // self._epochs}, "
             f"epoch {epoch % self._epochs + 1} of {self._epochs}, {self.seconds:.0f} s"
-            + (f", mean accuracy {100 * float(mean):.2f} %" if mean.isfinite() else ""),
+            + (f", mean score {100 * float(mean):.2f} %" if mean.isfinite() else ""),
             (epoch + 1) / epochs,
         )
 
@@ -301,8 +309,8 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     Returns:
         The method on its stream, and all options.
     """
-    parser.add_argument("stream", choices=PROTOCOLS, metavar="STREAM", help=", ".join(PROTOCOLS))
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("stream", choices=STREAMS, metavar="STREAM", help=", ".join(STREAMS))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of what comes out")
     parser.add_argument("--tasks", type=int, help="fewer or more than the stream has")
     parser.add_argument("--epochs", type=int, help="of each task, instead of the stream's")
@@ -318,7 +326,9 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     options = parser.parse_args(arguments)
     lengths = {"tasks": options.tasks, "epochs": options.epochs}
     given = {name: length for name, length in lengths.items() if length is not None}
-    run = Run(replace(PROTOCOLS[options.stream], **given), options.method, dict(options.set))
+    run = Run(replace(STREAMS[options.stream], **given), options.method, dict(options.set))
+    if run.protocol.name in GAMES and run.method in _NEED_LABELS:
+        parser.error(f"--method {run.method} needs labels, which {run.protocol.name} does not have")
     try:
         METHODS[run.method].make(**run.settings)
     except (TypeError, ValueError) as error:
@@ -327,7 +337,7 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
 
 
 def _parser() -> argparse.ArgumentParser:
-    streams = [f"  {name:26}{protocol.description}" for name, protocol in PROTOCOLS.items()]
+    streams = [f"  {name:26}{protocol.description}" for name, protocol in STREAMS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -19,7 +20,6 @@ from lightning_blip.task_sequence import TaskSequence, check_names
 
 if TYPE_CHECKING:
     from gymnasium import Space
-    from gymnasium.vector import VectorEnv
 
 # What a key is of, so that no two of a sequence are the same.
 _TRAINING, _INFORMATION, _EVALUATION = range(3)
@@ -127,10 +127,10 @@ class EnvSequence(TaskSequence[EnvTask]):
     It is to environments what :class:`TaskSequenceDataModule` is to data sets, and maps them to the Trainer's
     loops as follows, so that all that listens to the one works on the other.
 
-    - A **batch** is a mini-batch ``(observations, targets)``: of a rollout, that is ``rollout_steps`` steps of
-      ``num_envs`` environments, made by the module's ``act``, with the targets that the module's ``targets``
-      made of it (see :class:`Agent`). Each rollout is gone through ``passes`` times, each time shuffled, then
-      the next one is made: ``training_step`` is an ordinary one, in automatic optimization.
+    - A **batch** is a mini-batch ``(observations, targets)`` of a rollout, that is of ``rollout_steps`` steps
+      of ``num_envs`` environments, made by the module's ``act``, with the targets that the module's
+      ``targets`` made of it (see :class:`Agent`). Each rollout is gone through ``passes`` times, each time
+      shuffled, then the next one is made: ``training_step`` is an ordinary one, in automatic optimization.
     - An **epoch** is ``updates_per_epoch`` rollouts. It begins with the environments reset, seeded by
       the task and the epoch: a fit that is resumed within an epoch resets them, too, and repeats the actions
       that were taken, so that any environment goes on where it was.
@@ -228,11 +228,11 @@ class EnvSequence(TaskSequence[EnvTask]):
 
     def train_dataloader(self) -> Iterable[Any]:
         """The mini-batches of this epoch's rollouts."""
-        return _EpochOfRollouts(self, (self.seed, self.task.index, _TRAINING, self.epoch, processes.place()[0]))
+        return _EpochOfRollouts(self, self._key(_TRAINING, self.epoch, processes.place()[0]))
 
     def task_dataloader(self) -> Iterable[Any]:
         """Observations and actions of new rollouts, as many as an epoch has."""
-        return _Observed(self, (self.seed, self.task.index, _INFORMATION, processes.place()[0]))
+        return _Observed(self, self._key(_INFORMATION, processes.place()[0]))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each environment seen so far, the current one last."""
@@ -245,6 +245,9 @@ class EnvSequence(TaskSequence[EnvTask]):
     def players(self, key: tuple[int, ...]) -> _Players:
         """The environments of the current task, seeded by a key."""
         return _Players(self.task.environment, self.num_envs, _seed(key), self.agent.device)
+
+    def _key(self, *place: int) -> tuple[int, ...]:
+        return (self.seed, self.task.index, *place)
 
     def _episodes(self, task: EnvTask) -> DataLoader[Any]:
         key = (self.seed, task.index, _EVALUATION)
@@ -270,12 +273,9 @@ class _EpochOfRollouts:
             for update in range(tasks.updates_per_epoch):
                 if update < len(done.actions):
                     rollout = players.roll(_repeating(done.actions[update]), tasks.rollout_steps)
-                    if update == len(done.actions) - 1 and not torch.equal(rollout.following.cpu(), done.following):
-                        rank_zero_warn(
-                            f"{tasks.task} did not do again what it did before when its actions were repeated: "
-                            "the resumed fit goes on, from where it is now"
-                        )
                     targets = done.targets
+                    if update + 1 == len(done.actions):
+                        _check_repeated(rollout, done.following, tasks.task)
                 else:
                     rollout = players.roll(_acting(tasks.agent), tasks.rollout_steps)
                     targets = tasks.agent.targets(rollout)
@@ -409,20 +409,27 @@ def _repeating(actions: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
     return lambda _observations: {"actions": next(left)}
 
 
+def _check_repeated(rollout: Rollout, following: Tensor, task: EnvTask) -> None:
+    if not torch.equal(rollout.following.cpu(), following):
+        rank_zero_warn(
+            f"{task} did not do again what it did before when its actions were repeated: the resumed fit "
+            "goes on from where it is now"
+        )
+
+
 def _seed(key: tuple[int, ...]) -> int:
     return int(torch.randint(2**30, (), generator=generator_of(key)))
 
 
-def _vector(environment: Any, count: int, evaluation: bool) -> VectorEnv[Any, Any, Any]:
+def _vector(environment: Any, count: int, evaluation: bool) -> Any:
     gymnasium = _gymnasium()
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
     if isinstance(environment, str) and environment.startswith("ALE/"):
         import ale_py  # noqa: F401
 
-        return gymnasium.make_vec(
-            environment, count, autoreset_mode=same_step, reward_clipping=not evaluation
-        )
-    make = environment if callable(environment) else lambda: gymnasium.make(environment)
+        options = {"autoreset_mode": same_step, "reward_clipping": not evaluation}
+        return gymnasium.make_vec(environment, count, **options)
+    make = environment if callable(environment) else partial(gymnasium.make, environment)
     return gymnasium.vector.SyncVectorEnv([make] * count, autoreset_mode=same_step)
 
 

@@ -176,7 +176,7 @@ def test_information_is_measured_on_new_rollouts_of_the_task():
         seen = []
 
         def on_task_end(self, trainer, pl_module, task):
-            self.seen.append([batch for batch in trainer.datamodule.task_dataloader()])
+            self.seen.append(list(trainer.datamodule.task_dataloader()))
 
     fit(sequence(), Noting(), [Seeing()])
     assert [len(batches) for batches in Seeing.seen] == [2, 2]
@@ -205,7 +205,14 @@ class Killed(pl.Callback):
 
 @pytest.mark.parametrize(
     ("step", "basis"),
-    [(4, "diagonal"), (6, "diagonal"), (17, "diagonal"), (30, "diagonal"), (17, "kronecker"), (40, "kronecker")],
+    [
+        (4, "diagonal"),
+        (6, "diagonal"),
+        (17, "diagonal"),
+        (30, "diagonal"),
+        (17, "kronecker"),
+        (40, "kronecker"),
+    ],
 )
 def test_a_fit_resumed_in_the_middle_of_a_game_ends_as_the_unbroken_one(tmp_path, step, basis):
     tasks, whole, blip, unbroken = parts(basis=basis)

@@ -1,0 +1,135 @@
+"""The streams of reinforcement learning: which environments, learned by which agent, how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from torch import nn
+
+from benchmarks.ppo import PPO
+from lightning_blip import EnvSequence
+
+
+@dataclass(frozen=True)
+class Games:
+    """A stream of environments and how it is learned; it is to these what ``Protocol`` is to data sets.
+
+    Attributes:
+        name: Of the stream.
+        description: In one line.
+        environments: What makes them, by the names of the tasks.
+        body: Makes the network without its heads, and says how many features it has.
+        agent: Arguments of PPO.
+        options: Arguments of ``EnvSequence``, but the number of steps.
+        tasks: How many there are.
+        epochs: How long each is trained.
+        source: Whose settings these are.
+        best: The return that counts as 100 %.
+        metric: What the agent logs in validation.
+    """
+
+    name: str
+    description: str
+    environments: Mapping[str, Any]
+    body: Callable[[], tuple[nn.Module, int]]
+    agent: Mapping[str, Any]
+    options: Mapping[str, int]
+    tasks: int
+    epochs: int
+    source: str
+    best: float
+    metric: str = "val_return"
+
+    @property
+    def batch_size(self) -> int:
+        """In training."""
+        return self.options["batch_size"]
+
+    def stream(self, folder: Path, seed: int) -> EnvSequence:
+        """The environments, to be learned.
+
+        Args:
+            folder: Not needed.
+            seed: Of the environments and of the order of their samples.
+
+        Returns:
+            The data module.
+
+        Raises:
+            ValueError: If the stream does not have that many tasks.
+        """
+        if self.tasks > len(self.environments):
+            raise ValueError(f"tasks={self.tasks} is more than the {len(self.environments)} of {self.name}")
+        names = list(self.environments)[: self.tasks]
+        epoch = self.options["num_envs"] * self.options["rollout_steps"] * self.options["updates_per_epoch"]
+        return EnvSequence(
+            [self.environments[name] for name in names],
+            steps_per_task=self.epochs * epoch,
+            names=names,
+            seed=seed,
+            **self.options,
+        )
+
+    def module(self) -> PPO:
+        """The agent, its parameters drawn from torch's global random numbers."""
+        body, features = self.body()
+        actions = [2] * self.tasks
+        return PPO(body, features, actions, **self.agent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process finds the functions by the stream's name.
+        return _of_length, (self.name, self.tasks, self.epochs)
+
+
+def _of_length(name: str, tasks: int, epochs: int) -> Games:
+    return replace(GAMES[name], tasks=tasks, epochs=epochs)
+
+
+def cartpole(**physics: float) -> gymnasium.Env[Any, Any]:
+    """CartPole-v1 with other physics, such as ``gravity``, ``length`` or ``force_mag``."""
+    environment = gymnasium.make("CartPole-v1")
+    cart: Any = environment.unwrapped
+    for name, value in physics.items():
+        setattr(cart, name, value)
+    cart.polemass_length = cart.masspole * cart.length
+    return environment
+
+
+def _tanh_mlp() -> tuple[nn.Module, int]:
+    return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), 64
+
+
+GAMES = {
+    games.name: games
+    for games in (
+        Games(
+            "cartpole",
+            "CartPole with a long pole and double gravity, with its force reversed, and with a short pole "
+            "and half the gravity, a head each, MLP 4-64-64, PPO, 41,000 steps a task",
+            environments={
+                "heavy": partial(cartpole, length=2.0, gravity=20.0),
+                "reversed": partial(cartpole, force_mag=-10.0),
+                "light": partial(cartpole, length=0.25, gravity=5.0),
+            },
+            body=_tanh_mlp,
+            agent={"lr": 1e-3, "clip": 0.2, "entropy_weight": 0.0, "reward_scale": 0.05},
+            options={
+                "num_envs": 8,
+                "rollout_steps": 128,
+                "updates_per_epoch": 10,
+                "passes": 10,
+                "batch_size": 256,
+                "episodes": 20,
+            },
+            tasks=3,
+            epochs=4,
+            source="our choice",
+            best=500.0,
+        ),
+    )
+}
