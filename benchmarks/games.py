@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.ppo import PPO
 from lightning_blip import EnvSequence
@@ -23,19 +23,21 @@ class Games:
         name: Of the stream.
         description: In one line.
         environments: What makes them, by the names of the tasks.
+        actions: How many each of them has.
         body: Makes the network without its heads, and says how many features it has.
         agent: Arguments of PPO.
         options: Arguments of ``EnvSequence``, but the number of steps.
         tasks: How many there are.
         epochs: How long each is trained.
         source: Whose settings these are.
-        best: The return that counts as 100 %.
+        best: The return that counts as 100 %; 100 where the figures are to be the returns themselves.
         metric: What the agent logs in validation.
     """
 
     name: str
     description: str
     environments: Mapping[str, Any]
+    actions: tuple[int, ...]
     body: Callable[[], tuple[nn.Module, int]]
     agent: Mapping[str, Any]
     options: Mapping[str, int]
@@ -77,9 +79,7 @@ class Games:
 
     def module(self) -> PPO:
         """The agent, its parameters drawn from torch's global random numbers."""
-        body, features = self.body()
-        actions = [2] * self.tasks
-        return PPO(body, features, actions, **self.agent)
+        return PPO(*self.body(), self.actions[: self.tasks], **self.agent)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process finds the functions by the stream's name.
@@ -104,6 +104,23 @@ def _tanh_mlp() -> tuple[nn.Module, int]:
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), 64
 
 
+class _Bytes(nn.Module):
+    """Values from 0 to 255, as 0 to 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 255
+
+
+def _atari_network() -> tuple[nn.Module, int]:
+    layers: list[nn.Module] = [_Bytes()]
+    for inputs, outputs, kernel, stride in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 128, 3, 1)):
+        layers += [nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 7 * 7, 1024), nn.ReLU()), 1024
+
+
+# Of the paper, in its order, with the number of their actions.
+_ATARI = {"KungFuMaster": 14, "Boxing": 18, "Jamesbond": 18, "Krull": 18, "Riverraid": 18, "SpaceInvaders": 6}
+
 GAMES = {
     games.name: games
     for games in (
@@ -116,6 +133,7 @@ GAMES = {
                 "reversed": partial(cartpole, force_mag=-10.0),
                 "light": partial(cartpole, length=0.25, gravity=5.0),
             },
+            actions=(2, 2, 2),
             body=_tanh_mlp,
             agent={"lr": 1e-3, "clip": 0.2, "entropy_weight": 0.0, "reward_scale": 0.05},
             options={
@@ -130,6 +148,28 @@ GAMES = {
             epochs=4,
             source="our choice",
             best=500.0,
+        ),
+        Games(
+            "atari",
+            "KungFuMaster, Boxing, Jamesbond, Krull, Riverraid and SpaceInvaders, a head each, three "
+            "convolutions and 1,024 hidden units, PPO, 10 M steps a game",
+            environments={name: f"ALE/{name}-v5" for name in _ATARI},
+            actions=tuple(_ATARI.values()),
+            body=_atari_network,
+            agent={},
+            options={
+                "num_envs": 16,
+                "rollout_steps": 125,
+                "updates_per_epoch": 50,
+                "passes": 4,
+                "batch_size": 250,
+                "episodes": 10,
+            },
+            tasks=6,
+            epochs=100,
+            source="the paper: games, network, PPO and its settings, but for the critic's loss, which is not "
+            "clipped",
+            best=100.0,
         ),
     )
 }

@@ -285,6 +285,34 @@ def test_an_environment_that_does_not_repeat_itself_is_told_of(tmp_path):
         fit(whimsical(), ckpt_path=saves.best_model_path)
 
 
+def test_atari_is_played_by_its_own_environments_and_goes_on_where_it_was():
+    def sequence_of_frames():
+        tasks = EnvSequence(
+            ["ALE/Boxing-v5"], steps_per_task=64, num_envs=2, rollout_steps=16, updates_per_epoch=2, passes=1,
+            batch_size=32,
+        )  # fmt: skip
+        return _attached(tasks, PPO(nn.Sequential(nn.Flatten(), Bytes(), nn.Linear(4 * 84 * 84, 4)), 4, [18]))
+
+    loader = sequence_of_frames().train_dataloader()
+    torch.manual_seed(2)
+    frames = iter(loader)
+    next(frames)
+    state, drawn = loader.state_dict(), torch.get_rng_state()
+    expected = next(frames)
+    assert expected[0].shape == (32, 4, 84, 84)
+    assert expected[0].dtype == torch.uint8
+    again = sequence_of_frames().train_dataloader()
+    again.load_state_dict(state)
+    torch.set_rng_state(drawn)
+    (found,) = again
+    assert torch.equal(found[0], expected[0])
+
+
+class Bytes(nn.Module):
+    def forward(self, x):
+        return x / 255
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
