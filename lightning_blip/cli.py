@@ -105,17 +105,23 @@ def _describe_learning(parser: argparse.ArgumentParser, command: str) -> None:
     run.add_argument("--seed_everything", metavar="SEED", help="of all that is random; drawn if not given")
     run.add_argument("--print_config", nargs="?", help="prints all options as YAML, and ends")
     learned = parser.add_argument_group("what is learned")
-    learned.add_argument("--model", metavar="CLASS", help="a LightningModule; --model.NAME VALUE: its arguments")
+    learned.add_argument(
+        "--model", metavar="CLASS", help="a LightningModule; --model.NAME VALUE: its arguments"
+    )
     learned.add_argument("--model.help", metavar="CLASS", help="its arguments")
     learned.add_argument(
         "--data", metavar="CLASS", help="a TaskSequenceDataModule, or what makes one; --data.NAME VALUE"
     )
     learned.add_argument("--data.help", metavar="CLASS", help="its arguments")
     how = parser.add_argument_group("how")
-    how.add_argument("--blip.NAME", metavar="VALUE", help="an argument of BLIP, such as --blip.basis kronecker")
+    how.add_argument(
+        "--blip.NAME", metavar="VALUE", help="an argument of BLIP, such as --blip.basis kronecker"
+    )
     how.add_argument("--blip", choices=["null"], help="fine-tuning, without BLIP")
     how.add_argument("--blip.help", action="store_true", help="the arguments of BLIP")
-    how.add_argument("--curves.metric", metavar="NAME", help="what ForgettingCurves scores (default: val_acc)")
+    how.add_argument(
+        "--curves.metric", metavar="NAME", help="what ForgettingCurves scores (default: val_acc)"
+    )
     how.add_argument("--optimizer", metavar="CLASS", help="instead of the module's own; --optimizer.lr VALUE")
     how.add_argument("--lr_scheduler", metavar="CLASS", help="with it")
     how.add_argument("--trainer.NAME", metavar="VALUE", help="an argument of Lightning's Trainer")

@@ -130,10 +130,13 @@ def read_blip(path: str | Path) -> BLIP:
 
 def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # An archive that was cut is an OSError, too.
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if foreign is None:
             raise ValueError(f"{path} is no checkpoint, or was cut short when it was written") from error
