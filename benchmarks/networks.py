@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers with ReLU, from as many inputs as the first size has, without a head."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers)
 

@@ -96,7 +96,7 @@ def _command(
 
 
 def _describe_learning(parser: argparse.ArgumentParser, command: str) -> None:
-    """The page of a command whose options LightningCLI reads: those that one needs, and where the others are."""
+    """The page of a command whose options LightningCLI reads: what one needs, and where the rest is."""
     parser.usage = f"lightning-blip {command} --config FILE [--OPTION VALUE …]"
     run = parser.add_argument_group("run")
     run.add_argument("-c", "--config", metavar="FILE", help="YAML; several are read one after another")

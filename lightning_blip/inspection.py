@@ -116,7 +116,7 @@ def read_blip(path: str | Path) -> BLIP:
     """
     saved = _load(Path(path))
     states = [saved, *saved.get("callbacks", {}).values()] if isinstance(saved, Mapping) else []
-    state = next((one for one in states if isinstance(one, Mapping) and _ENTRIES <= one.keys()), None)
+    state = next((one for one in states if isinstance(one, Mapping) and one.keys() >= _ENTRIES), None)
     if state is None:
         raise ValueError(f"{path} holds nothing that BLIP has learned: save it with BLIP among the callbacks")
     known = inspect.signature(BLIP).parameters
@@ -141,9 +141,9 @@ def _load(path: Path) -> Any:
         if foreign is None:
             raise ValueError(f"{path} is no checkpoint, or was cut short when it was written") from error
         raise ValueError(
-            f"{path} holds a {foreign[1]} besides, as hyperparameters may, and such types can run code as they "
-            "are loaded: if you trust the file, keep BLIP's part alone, "
-            'torch.save(torch.load(path, weights_only=False)["callbacks"]["BLIP"], "blip.pt"), and inspect that'
+            f"{path} holds a {foreign[1]} besides, as hyperparameters may, and loading it can run code: "
+            "if you trust the file, keep BLIP's part alone, "
+            'torch.save(torch.load(path, weights_only=False)["callbacks"]["BLIP"], "blip.pt"), and take that'
         ) from error
 
 
@@ -167,19 +167,19 @@ def show(path: Path) -> None:
 
 
 def _table(layers: Sequence[FrozenLayer], network: FrozenLayer) -> Table:
+    titles = ("values", "frozen bits, mean", "capacity used %", "values with frozen bits %")
     table = Table("layer", show_footer=len(layers) > 1)
     table.columns[0].footer = network.name
-    columns = {
-        "values": lambda layer: f"{layer.values:,}",
-        "frozen bits, mean": lambda layer: f"{layer.mean_bits:.3f}",
-        "capacity used %": lambda layer: f"{100 * layer.used_capacity:.2f}",
-        "values with frozen bits %": lambda layer: f"{100 * layer.frozen_share:.2f}",
-    }
-    for title, text in columns.items():
-        table.add_column(title, text(network), justify="right")
+    for title, figure in zip(titles, _figures(network), strict=True):
+        table.add_column(title, figure, justify="right")
     for layer in layers:
-        table.add_row(layer.name, *(text(layer) for text in columns.values()))
+        table.add_row(layer.name, *_figures(layer))
     return table
+
+
+def _figures(layer: FrozenLayer) -> list[str]:
+    shares = (layer.used_capacity, layer.frozen_share)
+    return [f"{layer.values:,}", f"{layer.mean_bits:.3f}", *(f"{100 * share:.2f}" for share in shares)]
 
 
 def _histogram(network: FrozenLayer) -> Table:

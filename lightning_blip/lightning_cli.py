@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonargparse  # noqa: F401  without it LightningCLI itself fails later, and less clearly
+import jsonargparse  # noqa: F401  where it is missing, LightningCLI says so later and less clearly
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -17,7 +17,7 @@ from lightning_blip.datamodule import TaskSequenceDataModule
 
 
 class TaskSequenceCLI(LightningCLI):
-    """LightningCLI for a sequence of tasks: ``blip`` and ``curves`` are callbacks that can be set, or null."""
+    """LightningCLI for a sequence of tasks, with ``blip`` and ``curves``, callbacks that may be null."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -16,7 +16,6 @@ from torch.utils.data import TensorDataset
 
 import lightning_blip
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule, cli
-from lightning_blip.inspection import frozen_layers, read_blip
 from tests.networks import QUIET, Net, pairs
 
 SAMPLES = {

@@ -22,7 +22,7 @@ OPTIONS = [
 ]
 
 
-class Made(Exception):
+class MadeError(Exception):
     """The CLI has made everything, and goes no further."""
 
 
@@ -40,10 +40,10 @@ def made(name, data, monkeypatch, *options):
     """What the command would fit: its Trainer, module and data module."""
 
     def note(command, model, datamodule, **rest):
-        raise Made(command.trainer, model, datamodule)
+        raise MadeError(command.trainer, model, datamodule)
 
     monkeypatch.setattr(TaskSequenceCLI, "fit", note, raising=False)
-    with pytest.raises(Made) as end:
+    with pytest.raises(MadeError) as end:
         fit(name, data, *options)
     return end.value.args
 
