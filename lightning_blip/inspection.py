@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_blip.callback import BLIP
-from lightning_blip.run_record import layer_of
+from lightning_blip.run_record import counts_by_layer
 
 # Entries by which what BLIP saves is known, whatever class of one's own saved it.
 _ENTRIES = {"version", "tasks_learned", "settings", "chosen", "frozen"}
@@ -76,11 +76,7 @@ def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
         >>> [(layer.name, layer.values) for layer in frozen_layers(blip)]
         [('weight', 8), ('bias', 2)]
     """
-    counts: dict[str, torch.Tensor] = {}
-    for name, bits in blip.bits().items():
-        counted = torch.bincount(bits.flatten().cpu(), minlength=blip.max_bits + 1)
-        counts[layer_of(name)] = counts.get(layer_of(name), 0) + counted
-    return [FrozenLayer(name, counted.tolist()) for name, counted in counts.items()]
+    return [FrozenLayer(*one) for one in counts_by_layer(blip.bits(), blip.max_bits).items()]
 
 
 def whole_network(layers: Sequence[FrozenLayer]) -> FrozenLayer:

@@ -95,17 +95,13 @@ class Frozen:
             >>> Frozen.of("first", report, bits, max_bits=2).layers["0"].bits
             [1, 1, 1]
         """
-        capacity = "blip/used_capacity/"
-        counts: dict[str, Tensor] = {}
-        for name, values in bits.items():
-            counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
-            counts[layer_of(name)] = counts.get(layer_of(name), torch.zeros_like(counted)) + counted
+        capacity, counts = "blip/used_capacity/", counts_by_layer(bits, max_bits)
         layers = {
             layer: LayerBits(
-                int(counts[layer].sum()),
+                sum(counts[layer]),
                 report[capacity + layer],
                 report.get(f"blip/information_gain/{layer}", 0.0),
-                counts[layer].tolist(),
+                counts[layer],
             )
             for layer in (name.removeprefix(capacity) for name in report if name.startswith(capacity))
         }
@@ -231,6 +227,28 @@ def layer_of(parameter: str) -> str:
         ('body.0', 'scale')
     """
     return parameter.rpartition(".")[0] or parameter
+
+
+def counts_by_layer(bits: Mapping[str, Tensor], max_bits: int) -> dict[str, list[int]]:
+    """How many values of each layer have 0, 1, …, N frozen bits.
+
+    Args:
+        bits: Of each parameter or coordinate, see :meth:`BLIP.bits`.
+        max_bits: N.
+
+    Returns:
+        N + 1 counts for each module that has such parameters, by its name.
+
+    Example:
+        >>> weight, bias = torch.tensor([[0, 2]]), torch.tensor([0])
+        >>> counts_by_layer({"0.weight": weight, "0.bias": bias}, max_bits=2)
+        {'0': [2, 0, 1]}
+    """
+    counts: dict[str, Tensor] = {}
+    for name, values in bits.items():
+        counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
+        counts[layer_of(name)] = counts.get(layer_of(name), 0) + counted
+    return {name: counted.tolist() for name, counted in counts.items()}
 
 
 def plain(value: Any) -> Any:
