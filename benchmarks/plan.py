@@ -152,7 +152,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
             "permuted_mnist_heads",
             epochs=1,
             behind="With a head for each task SGD forgets next to nothing in one epoch: there is nothing to "
-            "win by remembering. Adam forgets 12.6 points, and BLIP is far ahead (`permuted_mnist_heads_adam`).",
+            "win by remembering. Adam forgets 12.6 points, and BLIP is far ahead: see "
+            "`permuted_mnist_heads_adam`.",
         ),
         _CIFAR10_SHORT,
         # On three tasks a search would be all there is.
