@@ -1,4 +1,4 @@
-"""Draws how bits freeze: those of a layer and of one of its weights, after each task of a real run."""
+"""Draws how bits freeze: those of one weight and of its whole layer, after each task of a real run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task, TaskSequenceDataModule
 from lightning_blip.bits import LARGEST_MAX_BITS, bound, cell_codes, encode
 from lightning_blip.demo import Digits, digits
+from lightning_blip.information import information_gain
 
 LAYER = "network.0.weight"
 # So many of a weight's bits fit into the picture.
@@ -27,26 +28,30 @@ _FROZEN, _FREE, _VALUE = "#3949ab", "#e8eaf6", "#ef6c00"
 
 @dataclass
 class Watch(pl.Callback):
-    """Keeps the frozen bits of a layer, and its codes on the grid of N bits, as each task leaves them.
+    """Keeps what is known of a layer, and its codes on the grid of N bits, as each task leaves them.
 
     Attributes:
         blip: It has to come before this one among the callbacks.
-        bits: How many are frozen of each weight, one tensor (weights,) a task.
+        gained: ½·log2(S_t/S_0) of each weight, in bits, one tensor (weights,) a task.
+        bits: How many are frozen of each.
         codes: Those of the weights, k of θ = k·2^−N·B.
     """
 
     blip: BLIP
+    gained: list[Tensor] = field(default_factory=list)
     bits: list[Tensor] = field(default_factory=list)
     codes: list[Tensor] = field(default_factory=list)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Takes down what BLIP has just made of the task."""
         theta = pl_module.get_parameter(LAYER).detach()
+        prior = torch.tensor(self.blip.chosen["prior"] * theta.shape[1])
+        self.gained.append(information_gain(self.blip.precision()[LAYER].flatten(), prior))
         self.bits.append(self.blip.bits()[LAYER].flatten().int())
         self.codes.append(encode(theta, bound(theta, fan_in=theta.shape[1]), LARGEST_MAX_BITS).flatten())
 
 
-def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor]:
+def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     """Learns permutations of scikit-learn's digits one after another.
 
     Args:
@@ -54,7 +59,8 @@ def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor]:
         epochs: How long each.
 
     Returns:
-        The frozen bits of each weight of the layer after each task, and its code: both (tasks, weights).
+        What was gained of each weight of the layer by the end of each task, in bits, how many of its bits are
+        frozen, and its code: all (tasks, weights).
     """
     pl.seed_everything(0, verbose=False)
     # At the default prior one bit in 500 is frozen after ten tasks: too few to be seen.
@@ -65,7 +71,7 @@ def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor]:
     )
     trainer = quiet_trainer([blip, watch], limit_val_batches=0)
     trainer.fit(Digits(tasks, hidden=100, learning_rate=0.3), datamodule=stream)
-    return torch.stack(watch.bits), torch.stack(watch.codes)
+    return torch.stack(watch.gained), torch.stack(watch.bits), torch.stack(watch.codes)
 
 
 def leading_bits(codes: Tensor) -> Tensor:
@@ -82,10 +88,11 @@ def leading_bits(codes: Tensor) -> Tensor:
     return bits
 
 
-def draw(bits: Tensor, codes: Tensor, path: Path) -> None:
-    """Draws the layer, and beside it the weight whose bits grow in the most steps.
+def draw(gained: Tensor, bits: Tensor, codes: Tensor, path: Path) -> None:
+    """Draws the weight whose bits grow in the most steps, and below it the layer.
 
     Args:
+        gained: By the end of each task, in bits, (tasks, weights).
         bits: Frozen ones after each task, (tasks, weights).
         codes: After each task, (tasks, weights).
         path: Of the picture.
@@ -94,33 +101,19 @@ def draw(bits: Tensor, codes: Tensor, path: Path) -> None:
     fractions = codes / 2**LARGEST_MAX_BITS + 1 / 3
     steps[((fractions < 0) | (fractions >= 1)).any(0)] = -1
     weight = int(steps.argmax())
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    layer, pattern, cell = figure.subplots(1, 3, width_ratios=[5, 4, 4])
-    _draw_layer(layer, bits)
-    _draw_pattern(pattern, bits[:, weight], codes[:, weight])
-    _draw_cell(cell, bits[:, weight], codes[:, weight])
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(9, 7.4), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["pattern", "cell"], ["layer", "layer"]], width_ratios=[3, 2], height_ratios=[5, 4]
+    )
+    _draw_pattern(axes["pattern"], gained[:, weight], bits[:, weight], codes[:, weight])
+    _draw_cell(axes["cell"], bits[:, weight], codes[:, weight])
+    _draw_layer(axes["layer"], bits)
+    figure.savefig(path, dpi=130)
 
 
-def _draw_layer(axes: Axes, bits: Tensor) -> None:
-    most = max(1, int(bits.max()))
-    tasks = range(1, 1 + len(bits))
-    below = torch.zeros(len(bits))
-    for count in range(most, -1, -1):
-        share = 100.0 * (bits == count).float().mean(1)
-        color = colormaps["viridis_r"](count / most) if count else "0.9"
-        axes.bar(tasks, share.numpy(), 0.85, bottom=below.numpy(), color=color, label=str(count))
-        below += share
-    axes.set(xlabel="tasks learned", ylabel="share of the layer's weights in %", ylim=(0, 100))
-    axes.set_title("A layer: how many leading bits are frozen")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        title="bits", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True
-    )  # from the top, as they are stacked
-
-
-def _draw_pattern(axes: Axes, bits: Tensor, codes: Tensor) -> None:
-    for row, (count, pattern) in enumerate(zip(bits.tolist(), leading_bits(codes).tolist(), strict=True)):
+def _draw_pattern(axes: Axes, gained: Tensor, bits: Tensor, codes: Tensor) -> None:
+    rows = zip(gained.tolist(), bits.tolist(), leading_bits(codes).tolist(), strict=True)
+    for row, (gain, count, pattern) in enumerate(rows):
         for place, digit in enumerate(pattern):
             frozen = place < count
             axes.add_patch(Rectangle((place, row + 0.07), 0.92, 0.86, color=_FROZEN if frozen else _FREE))
@@ -128,8 +121,11 @@ def _draw_pattern(axes: Axes, bits: Tensor, codes: Tensor) -> None:
                 place + 0.46, row + 0.5, str(digit), ha="center", va="center", family="monospace",
                 color="white" if frozen else "0.35",
             )  # fmt: skip
+        axes.text(_SHOWN + 1.6, row + 0.5, f"{gain:.2f}", ha="right", va="center")
+    axes.text(_SHOWN + 1.6, -0.3, "bits gained", ha="right", va="center")
+    axes.text(0, -0.3, "its leading bits, the frozen ones dark", ha="left", va="center")
     _number_the_rows(axes, len(bits))
-    axes.set(xlim=(0, _SHOWN), xlabel="leading bits of its value, the frozen ones dark", xticks=[])
+    axes.set(xlim=(0, _SHOWN + 1.7), ylim=(len(bits), -0.7), xticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title("One weight: its bits")
 
@@ -142,13 +138,30 @@ def _draw_cell(axes: Axes, bits: Tensor, codes: Tensor) -> None:
         axes.add_patch(Rectangle((low, row + 0.07), high - low, 0.86, color=_FROZEN, alpha=0.35, linewidth=0))
         axes.plot([value, value], [row + 0.07, row + 0.93], color=_VALUE, linewidth=2)
     _number_the_rows(axes, len(bits))
-    axes.set(xlim=(-1, 1), xlabel="value in units of its bound B (orange: where it is)")
+    axes.set(xlim=(-1, 1), ylim=(len(bits), -0.7), ylabel="", xlabel="value / bound (orange: where it is)")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title("The same weight: where it may still go")
+    axes.set_title("Where it may still go")
+
+
+def _draw_layer(axes: Axes, bits: Tensor) -> None:
+    most = max(1, int(bits.max()))
+    tasks = range(1, 1 + len(bits))
+    below = torch.zeros(len(bits))
+    for count in range(most, -1, -1):
+        share = 100.0 * (bits == count).float().mean(1)
+        color = colormaps["viridis_r"](count / most) if count else "0.9"
+        axes.bar(tasks, share.numpy(), 0.85, bottom=below.numpy(), color=color, label=str(count))
+        below += share
+    axes.set(xlabel="tasks learned", ylabel="share of weights in %", ylim=(0, 100), xticks=list(tasks))
+    axes.set_title("All weights of the layer: how many leading bits are frozen")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        title="frozen bits", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True
+    )  # from the top, as they are stacked
 
 
 def _number_the_rows(axes: Axes, tasks: int) -> None:
-    axes.set(ylim=(tasks, 0), ylabel="tasks learned")
+    axes.set_ylabel("tasks learned")
     axes.set_yticks([row + 0.5 for row in range(tasks)], [str(1 + row) for row in range(tasks)])
     axes.tick_params(left=False)
 
