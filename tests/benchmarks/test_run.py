@@ -208,5 +208,5 @@ def test_a_setting_that_the_method_lacks_is_refused(method, setting, message, ru
 
 
 def test_a_stream_has_no_more_tasks_than_the_data(data):
-    with pytest.raises(ValueError, match="tasks=6 is more than the 5 of split_mnist"):
+    with pytest.raises(ValueError, match="tasks=6 is more than the 5 that this stream has"):
         replace(PROTOCOLS["split_mnist"], tasks=6).stream(data, seed=0)
