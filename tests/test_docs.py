@@ -19,8 +19,13 @@ def read_yaml(example):
     yaml.safe_load(example.parsed)
 
 
-def write_script(example):
-    Path("learn.py").write_text(example.parsed)
+def written_to(name):
+    """Reads a block whose title is the name of a file of the reader's."""
+
+    def write(example):
+        Path(name).write_text(example.parsed)
+
+    return write
 
 
 def run_in_shell(example):
@@ -34,7 +39,10 @@ def run_in_shell(example):
 BLOCKS = Sybil(
     [
         PythonCodeBlockParser(),
-        CodeBlockParser('python title="learn.py"', write_script),
+        *(
+            CodeBlockParser(f'{language} title="{name}"', written_to(name))
+            for language, name in (("python", "learn.py"), ("python", "mine.py"), ("yaml", "digits.yaml"))
+        ),
         CodeBlockParser("yaml", read_yaml),
         CodeBlockParser("bash", run_in_shell),
         SkipParser(),
