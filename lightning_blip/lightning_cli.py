@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jsonargparse  # noqa: F401  where it is missing, LightningCLI says so lat
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
 
 from lightning_blip.callback import BLIP
 from lightning_blip.curves import ForgettingCurves
@@ -34,6 +36,15 @@ class TaskSequenceCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the command line as it is given."""
         self.config = parser.parse_args(args)
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None
+    ) -> Any:
+        """Gives each task copies of those that no step was taken with."""
+        own = {id(parameter): parameter for parameter in lightning_module.parameters()}
+        optimizer, lr_scheduler = deepcopy((optimizer, lr_scheduler), own)
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
     def before_instantiate_classes(self) -> None:
         """Leaves out callbacks that are null."""

@@ -160,6 +160,16 @@ def test_the_optimizer_can_be_chosen():
     assert "betas" in group
 
 
+def test_an_optimizer_and_a_schedule_begin_anew_with_each_task():
+    chosen = ("--optimizer", "torch.optim.Adam", "--optimizer.lr", "0.02")
+    schedule = ("--lr_scheduler", "torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size", "1")
+    checkpoint = saved(run("fit", *chosen, *schedule))
+    steps = {float(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()}
+    assert steps == {6.0}  # two epochs of three batches, not those of three tasks
+    assert checkpoint["lr_schedulers"][0]["last_epoch"] <= 2
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.02
+
+
 @pytest.mark.parametrize(
     ("maker", "arguments", "names"),
     [
