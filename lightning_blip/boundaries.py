@@ -81,6 +81,8 @@ class TaskBoundaries(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers are there: the fit has the epochs of all tasks again."""
         trainer.fit_loop.max_epochs = self._limit
+        # A schedule may have had it made, before a resumed fit knows the state that it is to go on from.
+        trainer.fit_loop._combined_loader = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts, or goes on with, the current task."""

@@ -372,3 +372,25 @@ def test_task_stopping_goes_on_from_a_checkpoint_of_the_validation(tmp_path):
         assert [event for event in resumed.events if event[0] == "end"][-3:] == ends
         epochs = sum(event[0] == "epoch" for event in unbroken.events)
         assert stop + sum(event[0] == "epoch" for event in resumed.events) == epochs
+
+
+def test_a_fit_with_a_planned_schedule_resumed_within_its_first_epoch_ends_as_the_unbroken_one(tmp_path):
+    class Planned(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            steps = self.trainer.estimated_stepping_batches
+            return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)]
+
+    def parts():
+        torch.manual_seed(1)
+        return pairs(batch_size=8, seed=7), Planned()
+
+    tasks, whole = parts()
+    fit(tasks, whole)
+    tasks, module = parts()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tasks, module, [saves, Crash(1)], enable_checkpointing=True)
+    tasks, module = parts()
+    fit(tasks, module, ckpt_path=tmp_path / "epoch=0-step=3.ckpt")
+    assert same(module.state_dict(), whole.state_dict())
