@@ -52,7 +52,8 @@ class ForgettingCurves(Callback):
             artifact.
 
     Raises:
-        ValueError: In a fit, if the module does not log the metric, or there is no sequence of tasks.
+        ValueError: In a fit, if the module does not log the metric, there is no sequence of tasks, or a
+            frozen state is to be logged without a BLIP or a ``WandbLogger``.
 
     Example:
         >>> curves = ForgettingCurves("val_acc")
@@ -80,6 +81,7 @@ class ForgettingCurves(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the curves their own axis."""
+        self._check_frozen_state(trainer)
         scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
         loggers.define_axis(trainer, "forgetting", [*scores, *_METRICS])
 
@@ -106,17 +108,11 @@ class ForgettingCurves(Callback):
         log_metrics(trainer, logged)
         if self._at_boundary:
             self._at_boundary = False
-            self._write(trainer)
-            loggers.show(trainer, self.record(trainer))
+            self._report(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the record, the table and the picture."""
-        self._write(trainer, whole=True)
-        blip = _blip(trainer)
-        if self.log_frozen_state and blip is not None:
-            learned = [one.task for one in self._frozen]
-            metadata = {"tasks": learned, "used_capacity": blip.used_capacity, "chosen": blip.chosen}
-            loggers.save_frozen_state(trainer, blip.state_dict(), metadata)
+        self._report(trainer, whole=True)
 
     def record(self, trainer: pl.Trainer) -> RunRecord:
         """All that was measured so far.
@@ -163,6 +159,16 @@ class ForgettingCurves(Callback):
         self._frozen = [Frozen.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
         self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
 
+    def _check_frozen_state(self, trainer: pl.Trainer) -> None:
+        if not self.log_frozen_state or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial run has its loggers taken away
+        for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", loggers.wandb_loggers(trainer))):
+            if not found:
+                raise ValueError(
+                    f"log_frozen_state=True has nothing to log, or nowhere to: the Trainer has no {needed}; "
+                    "add it, or take ForgettingCurves(log_frozen_state=False)"
+                )
+
     def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
         """Notes the scores of a validation, and gives them by the names that they are logged by."""
         seen = sequence(trainer).tasks[: learning.index + 1]
@@ -177,8 +183,8 @@ class ForgettingCurves(Callback):
             )
         return logged
 
-    def _write(self, trainer: pl.Trainer, whole: bool = False) -> None:
-        """Writes the record; with the whole fit done, the table and the picture, too."""
+    def _report(self, trainer: pl.Trainer, whole: bool = False) -> None:
+        """Writes and shows what there is so far; with the whole fit done, also the table and the picture."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
         if not self._scores or not trainer.is_global_zero:
             return
@@ -189,14 +195,24 @@ class ForgettingCurves(Callback):
             if whole:
                 self._write_table(folder / "forgetting.csv")
                 pictures.overview(record).savefig(folder / "forgetting.png", dpi=120)
+                self._save_frozen_state(trainer)
+            else:
+                loggers.show(trainer, record)
         except OSError as error:  # such as a full disk: no reason to lose what was learned
             rank_zero_warn(
                 f"The forgetting curves up to task {self._scores[-1].learning!r} could not be written into "
-                f"{folder}: {error}. They are still in curves.matrix"
+                f"{folder}, or shown by the loggers: {error}. They are still in curves.matrix"
             )
             return
         if whole:
             rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
+
+    def _save_frozen_state(self, trainer: pl.Trainer) -> None:
+        blip = _blip(trainer)
+        if self.log_frozen_state and blip is not None:
+            learned = [one.task for one in self._frozen]
+            metadata = {"tasks": learned, "used_capacity": blip.used_capacity, "chosen": blip.chosen}
+            loggers.save_frozen_state(trainer, blip.state_dict(), metadata)
 
     def _write_table(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as lines:
