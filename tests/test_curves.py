@@ -94,6 +94,20 @@ def test_a_resumed_fit_adds_to_the_scores(tmp_path):
     assert table(tmp_path / "second") == table(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", [9, 12])
+def test_a_fit_resumed_from_the_last_step_of_an_epoch_has_the_same_table(tmp_path, step):
+    torch.manual_seed(1)
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+    fit(
+        ForgettingCurves("val_acc"), callbacks=[checkpoint], enable_checkpointing=True,
+        default_root_dir=tmp_path / "whole",
+    )  # fmt: skip
+    resumed = ForgettingCurves("val_acc")
+    fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt", default_root_dir=tmp_path / "rest")
+    assert table(tmp_path / "rest") == table(tmp_path / "whole")
+    assert record(tmp_path / "rest") == record(tmp_path / "whole")
+
+
 def test_a_fit_resumed_with_more_tasks_makes_room_for_them(tmp_path):
     def rotated(*degrees):
         images = torch.utils.data.TensorDataset(torch.rand(24, 1, 4, 4), torch.arange(24) % 6)
