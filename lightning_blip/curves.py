@@ -52,8 +52,7 @@ class ForgettingCurves(Callback):
             artifact.
 
     Raises:
-        ValueError: In a fit, if the module does not log the metric, there is no sequence of tasks, or a
-            frozen state is to be logged without a BLIP or a ``WandbLogger``.
+        ValueError: In a fit, if the module does not log the metric, or there is no sequence of tasks.
 
     Example:
         >>> curves = ForgettingCurves("val_acc")
@@ -81,7 +80,7 @@ class ForgettingCurves(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the curves their own axis."""
-        self._check_frozen_state(trainer)
+        self._warn_of_missing(trainer)
         scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
         loggers.define_axis(trainer, "forgetting", [*scores, *_METRICS])
 
@@ -159,15 +158,13 @@ class ForgettingCurves(Callback):
         self._frozen = [Frozen.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
         self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
 
-    def _check_frozen_state(self, trainer: pl.Trainer) -> None:
+    def _warn_of_missing(self, trainer: pl.Trainer) -> None:
+        """Tells at once, not after the fit, that there will be no frozen state to log, or nowhere to."""
         if not self.log_frozen_state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a trial run has its loggers taken away
         for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", loggers.wandb_loggers(trainer))):
             if not found:
-                raise ValueError(
-                    f"log_frozen_state=True has nothing to log, or nowhere to: the Trainer has no {needed}; "
-                    "add it, or take ForgettingCurves(log_frozen_state=False)"
-                )
+                rank_zero_warn(f"log_frozen_state=True does nothing: the Trainer has no {needed}")
 
     def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
         """Notes the scores of a validation, and gives them by the names that they are logged by."""
