@@ -21,7 +21,7 @@ from lightning_blip.bases import Callback, callbacks_of
 from lightning_blip.boundaries import log_metrics, position, sequence, task_score
 from lightning_blip.callback import BLIP
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
-from lightning_blip.run_record import Frozen, Predicted, RunRecord, Score, plain
+from lightning_blip.run_record import RECORD, Frozen, Predicted, RunRecord, Score, plain
 from lightning_blip.streams import Task
 
 _PACKAGES = ("lightning-blip", "pytorch-lightning", "torch")
@@ -188,7 +188,7 @@ class ForgettingCurves(Callback):
         record = self.record(trainer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            record.write(folder / "forgetting.json")
+            record.write(folder / RECORD)
             if whole:
                 self._write_table(folder / "forgetting.csv")
                 pictures.overview(record).savefig(folder / "forgetting.png", dpi=120)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
 from lightning_blip import pictures
 from lightning_blip.bases import is_a
@@ -84,7 +85,6 @@ def save_frozen_state(trainer: pl.Trainer, state: dict[str, Any], metadata: dict
         metadata: What is shown of it.
     """
     for logger in wandb_loggers(trainer):
-        import torch
         import wandb
 
         run = logger.experiment

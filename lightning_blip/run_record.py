@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Of what is written.
 VERSION = 1
+#: The file's name, in the log folder of a run.
+RECORD = "forgetting.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,39 @@ class Frozen:
             report["blip/information_gain"],
             layers,
         )
+
+    def share_of_bits(self, layers: Iterable[str]) -> float:
+        """The frozen bits of some layers, as a share of all bits of the network.
+
+        Args:
+            layers: By name; one that was not there yet has none.
+
+        Returns:
+            The share, 0 to 1.
+
+        Example:
+            >>> layers = {"0": LayerBits(3, 0.5, 1.0, [0, 3, 0]), "1": LayerBits(1, 1.0, 1.0, [0, 0, 1])}
+            >>> Frozen("first", 0.625, 0.0, 2.0, layers).share_of_bits(["0"])
+            0.375
+        """
+        values = sum(layer.values for layer in self.layers.values())
+        known = [self.layers[name] for name in layers if name in self.layers]
+        return sum(layer.used_capacity * layer.values for layer in known) / values
+
+    def grouped(self, most: int) -> dict[str, list[str]]:
+        """The layers with the most frozen bits by themselves, and the others together.
+
+        Args:
+            most: How many are by themselves.
+
+        Returns:
+            Names of layers by what the group is called: first those by themselves, in the network's order.
+        """
+        names = list(self.layers)
+        largest = sorted(names, key=lambda name: -self.share_of_bits([name]))[:most]
+        others = [name for name in names if name not in largest]
+        alone = {name: [name] for name in names if name in largest}
+        return {**alone, f"{len(others)} others": others} if others else alone
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Frozen:

@@ -68,13 +68,6 @@ class Dying(pl.Callback):
             raise KeyError("power")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Where the commands run."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(command, *options, **changes):
     """A command with the configuration above, changed; the log folder that it made."""
     Path("config.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
@@ -332,7 +325,7 @@ def test_fit_needs_no_scikit_learn(monkeypatch):
     assert run("fit") is not None
 
 
-def test_a_short_demo_prints_tables_and_draws_a_picture(folder, capsys):
+def test_a_short_demo_prints_tables_and_draws_a_picture(tmp_path, capsys):
     cli.main(["demo", "--tasks=2", "--epochs=5", "--hidden=20", "--output=out"])
     printed = capsys.readouterr().out
     assert "R of fine-tuning" in printed
@@ -341,7 +334,7 @@ def test_a_short_demo_prints_tables_and_draws_a_picture(folder, capsys):
     assert [name for name, _, _ in rows] == ["fine-tuning", "BLIP"]
     assert all(50 < float(score) <= 100 for _, score, _ in rows)
     for picture in ("demo.png", "BLIP/forgetting.png", "fine-tuning/forgetting.png"):
-        assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_makes_a_page(learned, capsys):

@@ -58,11 +58,6 @@ def plain(tmp_path_factory):
         return {basis: learn(basis=basis) for basis in ("diagonal", "kronecker")}
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def assert_same(run, plain, exactly=True):
     """The same weights, bits and scores; or up to the order of sums, which may turn a bit here and there."""
     for (name, theta), other in zip(plain.weights.items(), run.weights.values(), strict=True):

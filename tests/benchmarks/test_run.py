@@ -16,11 +16,10 @@ from lightning_blip.metrics import average_score, backward_transfer
 
 
 @pytest.fixture
-def runner(data, tmp_path, monkeypatch):
+def runner(data, tmp_path):
     """Runs two short tasks; the records lie in ``tmp_path``."""
 
     def main(stream, method, *arguments):
-        monkeypatch.chdir(tmp_path)
         short = ["--tasks", "2", "--epochs", "1"]
         run.main([stream, "--method", method, "--data", str(data), *short, *arguments])
         return {path.name: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
+from lightning_blip.run_record import RECORD
 from lightning_blip.streams import split_classes
 from tests.networks import QUIET, Net, blobs
 
 TASKS = 5
-RECORD = "forgetting.json"
 EPOCHS = [2, 3, 2, 3, 2]
 
 # Neighbours are unlike each other: a few kills, drawn from the front, are of the most different kinds.
