@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -65,7 +66,8 @@ class Protocol:
 
     def module(self) -> Classifier:
         """The network, its parameters drawn from torch's global random numbers."""
-        return Classifier(*self.network(self.tasks), self.optimizer)
+        # On two cores convolutions take a quarter less time so.
+        return Classifier(*self.network(self.tasks), self.optimizer).to(memory_format=torch.channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process finds the functions by the stream's name.
