@@ -3,7 +3,7 @@ DATA ?= data
 TABLE ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test nightly benchmarks browser clean
+.PHONY: demo test docs nightly benchmarks browser clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
@@ -13,6 +13,10 @@ test: .venv/.ready browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# The site, in site/; needs no network.
+docs: .venv/.ready
+	$(BIN)/mkdocs build --strict
 
 # What takes too long for each change: forty kills, hundreds of random fits.
 nightly: .venv/.ready

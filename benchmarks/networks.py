@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import pytorch_lightning as pl
 import torch
@@ -11,12 +12,17 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
 
-def mlp(inputs: int, *hidden: int) -> nn.Sequential:
-    """Linear layers with ReLU, without a head."""
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
+    """Linear layers with ReLU, from as many inputs as the first size has, without a head."""
     layers: list[nn.Module] = []
-    for before, after in zip((inputs, *hidden), hidden, strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def flattening_mlp(sizes: Sequence[int]) -> nn.Sequential:
+    """The same for images, which it puts in a row."""
+    return nn.Sequential(nn.Flatten(), mlp(sizes))
 
 
 def alexnet(

@@ -67,7 +67,7 @@ class Case:
 
 MLP = Case(
     "MLP 784-1200",
-    lambda: nn.Sequential(mlp(784, 1200), nn.Linear(1200, 10)),
+    lambda: nn.Sequential(mlp([784, 1200]), nn.Linear(1200, 10)),
     shape=(784,),
     samples=1000,
     batch_size=100,
@@ -77,7 +77,7 @@ MLP = Case(
 )
 NARROW = Case(
     "MLP 784-100-100",
-    lambda: nn.Sequential(mlp(784, 100, 100), nn.Linear(100, 10)),
+    lambda: nn.Sequential(mlp([784, 100, 100]), nn.Linear(100, 10)),
     shape=(784,),
     samples=1000,
     batch_size=100,

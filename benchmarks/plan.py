@@ -148,7 +148,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part("split_fashion"),
         Part("rotated_mnist"),
         Part("permuted_mnist"),
-        Part("permuted_mnist_heads", epochs=1),
+        Part(
+            "permuted_mnist_heads",
+            epochs=1,
+            behind="With a head for each task SGD forgets next to nothing in one epoch: there is nothing to "
+            "win by remembering. Adam forgets 12.6 points, and BLIP is far ahead: see "
+            "`permuted_mnist_heads_adam`.",
+        ),
         _CIFAR10_SHORT,
         # On three tasks a search would be all there is.
         Part("three_sets", seeds=1, epochs=1, searched_on=_CIFAR10_SHORT),
@@ -157,7 +163,12 @@ PARTS: dict[str, tuple[Part, ...]] = {
         # To check baselines against published figures.
         Part("split_mnist_domain_drawn", methods=("finetune", "ewc", "si", "lwf", "joint")),
         Part("permuted_mnist_20", methods=("blip-kronecker",), blip=_BEFORE),
-        Part("permuted_mnist_heads", methods=("finetune", "blip", "blip-kronecker"), blip=_BEFORE),
+        Part(
+            "permuted_mnist_heads",
+            methods=("finetune", "blip", "blip-kronecker"),
+            blip=_BEFORE,
+            behind="With a head for each task SGD forgets next to nothing.",
+        ),
         Part(
             "permuted_mnist_heads_adam",
             seeds=1,

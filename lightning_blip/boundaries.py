@@ -186,9 +186,15 @@ class TaskBoundaries(Callback):
             self._random = None
         ended, self._ended = self._ended, None
         if ended is not None and _epochs_done(trainer) > ended:
-            # Saved after the last batch of an epoch, whose end Lightning then passes over.
+            # Saved after the last batch of an epoch, whose end Lightning then passes over. It is to be logged
+            # at the epoch and steps of the unbroken fit, which count the last step only after the validation.
+            progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+            progress.completed -= 1
             _validate(trainer)
+            loop._batches_that_stepped += 1
             self.on_train_epoch_end(trainer, pl_module)
+            loop._batches_that_stepped -= 1  # Lightning counts it when the next epoch begins
+            progress.completed += 1
             trainer.fit_loop.epoch_loop.val_loop._combined_loader = None  # they may be of one task more
             trainer.fit_loop.reset_restart_stage()  # what comes is the beginning of an epoch
 

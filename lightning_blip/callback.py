@@ -58,8 +58,13 @@ _LOGGED = (
     "predicted_forgetting",
     "used_capacity",
     "information_gain",
-    *(f"{what}_share" for what in ("at_wall", "newly_frozen", "drifted")),
-    *("prior", "pull", "damping", "seconds"),
+    "at_wall_share",
+    "newly_frozen_share",
+    "drifted_share",
+    "prior",
+    "pull",
+    "damping",
+    "seconds",
 )
 # The weights that a task ends with are the mean of those that it had after this share of its training.
 _AVERAGED_FROM = 0.8
@@ -350,7 +355,7 @@ class BLIP(Callback):
         self._attach(pl_module)
         if has_tasks(trainer):
             self._first_task = self.tasks_learned - sequence(trainer).learned
-            define_axis(trainer, "blip", self._logged_names(pl_module))
+            define_axis(trainer, "blip", self._logged_names())
         elif not self.tasks_learned:
             datamodule = type(trainer.datamodule).__name__  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -670,14 +675,15 @@ class BLIP(Callback):
         fishers, factors = self._estimate(module, batches, quiet)
         before = self.bits()
         gains = self._network.consolidate(module, fishers, factors)
-        shares["newly_frozen"] = sum(_newly_frozen(before[name], bits) for name, bits in self.bits().items())
+        after = self.bits()
+        shares["newly_frozen"] = sum(_newly_frozen(before[name], bits) for name, bits in after.items())
         for wrapper in self._wrappers:
             wrapper.pull = self.chosen.get("pull", 0.0)
         if self.norm_stats == "per_task":
             self._statistics.keep(module, self.tasks_learned)
         self.tasks_learned += 1
         self._hold_statistics(module)
-        gained, used = _by_layer(module, gains), _by_layer(module, self.bits())
+        gained, used = _by_layer(module, gains), _by_layer(module, after)
         self.report = {
             "blip/predicted_forgetting": forgotten,
             "blip/used_capacity": self.used_capacity,
@@ -799,9 +805,9 @@ class BLIP(Callback):
             damping = choose_damping(norm, trace)
         self.chosen = {"pull": pull, "damping": damping, **self.chosen}
 
-    def _logged_names(self, module: nn.Module) -> list[str]:
+    def _logged_names(self) -> list[str]:
         """Names of what is logged, behind ``blip/``."""
-        layers = _by_layer(module, self.bits())
+        layers = dict.fromkeys(map(layer_of, self._network.states))
         return [
             *_LOGGED,
             *(f"{what}/{layer}" for what in ("information_gain", "used_capacity") for layer in layers),

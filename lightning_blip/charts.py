@@ -43,6 +43,17 @@ class Axis:
     high: float
     ticks: list[tuple[float, str]]
 
+    @classmethod
+    def of(cls, low: float, high: float, ticks: Iterable[tuple[float, str]]) -> Axis:
+        """An axis with ticks given by their values.
+
+        Example:
+            >>> Axis.of(0.0, 4.0, [(1.0, "one")]).ticks
+            [(25.0, 'one')]
+        """
+        bare = cls(low, high, [])
+        return cls(low, high, [(bare.at(value), text) for value, text in ticks])
+
     @property
     def digits(self) -> int:
         """How long the longest of the texts is."""
@@ -55,7 +66,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """A value in a chart: a point or a bar that ends at it, and what is shown when it is pointed at."""
+    """A point in a chart, and what is shown when it is pointed at."""
 
     x: float
     y: float
@@ -149,15 +160,13 @@ def axis(values: Iterable[float]) -> Axis:
     digits = next(
         (more for more in range(6, 16) if len({number(at, more) for at in places}) == len(places)), 16
     )
-    bare = Axis(places[0], places[-1], [])
-    return Axis(bare.low, bare.high, [(bare.at(place), number(place, digits)) for place in places])
+    return Axis.of(places[0], places[-1], [(place, number(place, digits)) for place in places])
 
 
 def positions(tasks: int) -> Axis:
     """The axis of positions in a sequence of so many tasks, which ends with the last."""
     ticks = [place for place in MaxNLocator(10, integer=True).tick_values(0, tasks) if 0 <= place <= tasks]
-    bare = Axis(0.0, float(tasks), [])
-    return Axis(bare.low, bare.high, [(bare.at(place), f"{place:.0f}") for place in ticks])
+    return Axis.of(0.0, float(tasks), [(place, f"{place:.0f}") for place in ticks])
 
 
 def line(name: str, colour: Colour, x: Axis, y: Axis, points: Sequence[Point]) -> Line:

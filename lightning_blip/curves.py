@@ -21,7 +21,7 @@ from lightning_blip.bases import Callback, callbacks_of
 from lightning_blip.boundaries import log_metrics, position, sequence, task_score
 from lightning_blip.callback import BLIP
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
-from lightning_blip.run_record import Frozen, Predicted, RunRecord, Score, plain
+from lightning_blip.run_record import RECORD, Frozen, Predicted, RunRecord, Score, plain
 from lightning_blip.streams import Task
 
 _PACKAGES = ("lightning-blip", "pytorch-lightning", "torch")
@@ -80,6 +80,7 @@ class ForgettingCurves(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the curves their own axis."""
+        self._warn_of_missing(trainer)
         scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
         loggers.define_axis(trainer, "forgetting", [*scores, *_METRICS])
 
@@ -106,17 +107,11 @@ class ForgettingCurves(Callback):
         log_metrics(trainer, logged)
         if self._at_boundary:
             self._at_boundary = False
-            self._write(trainer)
-            loggers.show(trainer, self.record(trainer))
+            self._report(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the record, the table and the picture."""
-        self._write(trainer, whole=True)
-        blip = _blip(trainer)
-        if self.log_frozen_state and blip is not None:
-            learned = [one.task for one in self._frozen]
-            metadata = {"tasks": learned, "used_capacity": blip.used_capacity, "chosen": blip.chosen}
-            loggers.save_frozen_state(trainer, blip.state_dict(), metadata)
+        self._report(trainer, whole=True)
 
     def record(self, trainer: pl.Trainer) -> RunRecord:
         """All that was measured so far.
@@ -163,6 +158,14 @@ class ForgettingCurves(Callback):
         self._frozen = [Frozen.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
         self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
 
+    def _warn_of_missing(self, trainer: pl.Trainer) -> None:
+        """Tells at once, not after the fit, that there will be no frozen state to log, or nowhere to."""
+        if not self.log_frozen_state or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial run has its loggers taken away
+        for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", loggers.wandb_loggers(trainer))):
+            if not found:
+                rank_zero_warn(f"log_frozen_state=True does nothing: the Trainer has no {needed}")
+
     def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
         """Notes the scores of a validation, and gives them by the names that they are logged by."""
         seen = sequence(trainer).tasks[: learning.index + 1]
@@ -177,26 +180,36 @@ class ForgettingCurves(Callback):
             )
         return logged
 
-    def _write(self, trainer: pl.Trainer, whole: bool = False) -> None:
-        """Writes the record; with the whole fit done, the table and the picture, too."""
+    def _report(self, trainer: pl.Trainer, whole: bool = False) -> None:
+        """Writes and shows what there is so far; with the whole fit done, also the table and the picture."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
         if not self._scores or not trainer.is_global_zero:
             return
         record = self.record(trainer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            record.write(folder / "forgetting.json")
+            record.write(folder / RECORD)
             if whole:
                 self._write_table(folder / "forgetting.csv")
                 pictures.overview(record).savefig(folder / "forgetting.png", dpi=120)
+                self._save_frozen_state(trainer)
+            else:
+                loggers.show(trainer, record)
         except OSError as error:  # such as a full disk: no reason to lose what was learned
             rank_zero_warn(
                 f"The forgetting curves up to task {self._scores[-1].learning!r} could not be written into "
-                f"{folder}: {error}. They are still in curves.matrix"
+                f"{folder}, or shown by the loggers: {error}. They are still in curves.matrix"
             )
             return
         if whole:
             rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
+
+    def _save_frozen_state(self, trainer: pl.Trainer) -> None:
+        blip = _blip(trainer)
+        if self.log_frozen_state and blip is not None:
+            learned = [one.task for one in self._frozen]
+            metadata = {"tasks": learned, "used_capacity": blip.used_capacity, "chosen": blip.chosen}
+            loggers.save_frozen_state(trainer, blip.state_dict(), metadata)
 
     def _write_table(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as lines:

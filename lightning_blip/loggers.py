@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isnan
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
 from lightning_blip import pictures
 from lightning_blip.bases import is_a
-from lightning_blip.run_record import RunRecord
+from lightning_blip.run_record import RunRecord, Score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def wandb_loggers(trainer: pl.Trainer) -> list[Any]:
+    """Those of a Trainer's loggers that log to Weights & Biases; but in the main process they do nothing.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The loggers.
+
+    Example:
+        >>> wandb_loggers(pl.Trainer(logger=False, enable_checkpointing=False))
+        []
+    """
+    return [logger for logger in trainer.loggers if is_a(logger, "WandbLogger")]
 
 
 def define_axis(trainer: pl.Trainer, group: str, names: Iterable[str]) -> None:
@@ -25,11 +42,12 @@ def define_axis(trainer: pl.Trainer, group: str, names: Iterable[str]) -> None:
         group: What the metrics' names begin with; ``<group>/position`` is logged with them.
         names: What they end with. Each is named, since a pattern would compete with the logger's own.
     """
-    for run in _wandb_runs(trainer):
-        run.define_metric(f"{group}/position", hidden=True)
+    for logger in wandb_loggers(trainer):
+        begin = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{group}" if logger._prefix else group
+        logger.experiment.define_metric(f"{begin}/position", hidden=True)
         for name in names:
             if "*" not in name:  # which would make it a pattern
-                run.define_metric(f"{group}/{name}", step_metric=f"{group}/position")
+                logger.experiment.define_metric(f"{begin}/{name}", step_metric=f"{begin}/position")
 
 
 def show(trainer: pl.Trainer, record: RunRecord) -> None:
@@ -66,21 +84,14 @@ def save_frozen_state(trainer: pl.Trainer, state: dict[str, Any], metadata: dict
         state: ``BLIP.state_dict()``; it is saved by ``torch.save`` as ``frozen.pt``.
         metadata: What is shown of it.
     """
-    for run in _wandb_runs(trainer):
-        import torch
+    for logger in wandb_loggers(trainer):
         import wandb
 
+        run = logger.experiment
         artifact = wandb.Artifact(f"frozen-state-{run.id}", type="frozen-state", metadata=metadata)
         with artifact.new_file("frozen.pt", mode="wb") as file:
             torch.save(state, file)
         run.log_artifact(artifact)
-
-
-def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
-    if not trainer.is_global_zero:
-        return []
-    loggers: list[Any] = trainer.loggers
-    return [logger.experiment for logger in loggers if is_a(logger, "WandbLogger")]
 
 
 def _pictures(record: RunRecord) -> dict[str, Figure]:
@@ -96,7 +107,10 @@ def _pictures(record: RunRecord) -> dict[str, Figure]:
 def _wandb_charts(record: RunRecord) -> dict[str, Any]:
     import wandb
 
-    lines = {name: [one for one in record.scores if one.task == name] for name in record.seen}
+    lines: dict[str, list[Score]] = {name: [] for name in record.seen}
+    for one in record.scores:
+        if isfinite(one.score) and isfinite(one.position):  # nothing else can be written to a table
+            lines[one.task].append(one)
     position = record.scores[-1].position
     charts: dict[str, Any] = {
         "forgetting/position": position,
@@ -111,7 +125,7 @@ def _wandb_charts(record: RunRecord) -> dict[str, Any]:
         "forgetting/R": wandb.Table(
             ["after learning", *record.tasks],
             [
-                [name, *(None if isnan(score) else score for score in row)]
+                [name, *(score if isfinite(score) else None for score in row)]
                 for name, row in zip(record.tasks, record.matrix, strict=True)
             ],
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from lightning_blip.run_record import RunRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 # More tasks than this, and numbers in the cells of the heat map are too small to read.
 _MOST_NUMBERS = 12
@@ -33,7 +32,7 @@ def overview(record: RunRecord) -> Figure:
     figure = _figure(13, 4.8)
     curves, matrix = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_curves(curves, record)
-    figure.colorbar(_draw_matrix(matrix, record), ax=matrix, label=record.metric)
+    _draw_matrix(figure, matrix, record)
     return figure
 
 
@@ -61,8 +60,7 @@ def matrix_picture(record: RunRecord) -> Figure:
         The picture.
     """
     figure = _figure(6, 4.8)
-    axes = figure.subplots()
-    figure.colorbar(_draw_matrix(axes, record), ax=axes, label=record.metric)
+    _draw_matrix(figure, figure.subplots(), record)
     return figure
 
 
@@ -80,36 +78,17 @@ def capacity_picture(record: RunRecord) -> Figure:
     figure = _figure(8, 4.8)
     axes = figure.subplots()
     frozen = record.frozen
-    values = sum(layer.values for layer in frozen[-1].layers.values())
-    shares = {
-        name: np.array(
-            [
-                100 * one.layers[name].used_capacity * one.layers[name].values / values
-                if name in one.layers
-                else 0.0
-                for one in frozen
-            ]
-        )
-        for name in frozen[-1].layers
-    }
-    largest = sorted(shares, key=lambda name: float(shares[name][-1]), reverse=True)[:_MOST_LAYERS]
-    rest = [share for name, share in shares.items() if name not in largest]
-    stacked = {name: share for name, share in shares.items() if name in largest}
-    if rest:
-        stacked[f"{len(rest)} others"] = np.sum(rest, axis=0)
+    groups = frozen[-1].grouped(_MOST_LAYERS)
     bottom = np.zeros(len(frozen))
-    for index, (name, share) in enumerate(stacked.items()):
-        colour = colormaps["cividis"](index / max(1, len(stacked) - 1))
+    for index, (name, layers) in enumerate(groups.items()):
+        share = np.array([100 * one.share_of_bits(layers) for one in frozen])
+        colour = colormaps["cividis"](index / max(1, len(groups) - 1))
         axes.bar(range(len(frozen)), share, bottom=bottom, color=colour, label=name)
         bottom += share
     _name_ticks(axes, [one.task for one in frozen], "x")
     axes.set(xlabel="after learning task", ylabel="frozen bits, % of all", title="Capacity used by layer")
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(  # from the top down, as the bars stand
-        handles[::-1], labels[::-1], title="layer", fontsize="small", frameon=False,
-        loc="center left", bbox_to_anchor=(1.0, 0.5),
-    )  # fmt: skip
+    _legend_beside(axes, title="layer", reverse=True)  # from the top down, as the bars stand
     return figure
 
 
@@ -139,13 +118,10 @@ def _draw_curves(axes: Axes, record: RunRecord) -> None:
     axes.set_title("Score on each task while the sequence is learned")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        title="task", fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5),
-        ncols=1 + (len(tasks) - 1) // _MOST_LINES,
-    )  # fmt: skip
+    _legend_beside(axes, title="task", ncols=1 + (len(tasks) - 1) // _MOST_LINES)
 
 
-def _draw_matrix(axes: Axes, record: RunRecord) -> AxesImage:
+def _draw_matrix(figure: Figure, axes: Axes, record: RunRecord) -> None:
     R = np.array(record.matrix)
     image = axes.imshow(R, cmap="viridis", interpolation="nearest")
     if len(R) <= _MOST_NUMBERS:
@@ -157,7 +133,11 @@ def _draw_matrix(axes: Axes, record: RunRecord) -> AxesImage:
             )  # fmt: skip
     _name_ticks(axes, record.tasks, "both")
     axes.set(xlabel="score on task", ylabel="after learning task", title="R: scores after each task")
-    return image
+    figure.colorbar(image, ax=axes, label=record.metric)
+
+
+def _legend_beside(axes: Axes, **options: Any) -> None:
+    axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
 
 
 def _name_ticks(axes: Axes, names: list[str], which: Literal["x", "both"]) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lightning_blip import charts, metrics
 from lightning_blip.charts import MISSING, Axis, Bar, Cell, Label, Line, number, with_minus
-from lightning_blip.run_record import Frozen, LayerBits, RunRecord, Score
+from lightning_blip.run_record import RECORD, Frozen, LayerBits, RunRecord, Score
 
-RECORD = "forgetting.json"
 # More tasks than this, and neither names beside the curves nor numbers in the heat map can be read.
 _MOST_NAMED = 12
 # More tasks than this, and numbers in the heat map have no room for a decimal.
@@ -379,13 +378,16 @@ def _stacks(runs: Sequence[_Run]) -> list[tuple[_Run, _Stack]]:
 
 def _stack(run: _Run, y: Axis) -> _Stack:
     tasks, frozen = run.record.tasks, run.record.frozen
-    layers = _shown_layers(frozen[-1])
-    x = Axis(0.0, float(len(tasks)), [])
+    count = len(frozen[-1].layers)
+    layers = frozen[-1].grouped(count if count <= _MOST_LAYERS else _MOST_LAYERS - 1)
+    every = math.ceil(len(tasks) / _MOST_NAMED)
+    ticks = [(index + 0.5, str(index + 1)) for index in range(0, len(tasks), every)]
+    x = Axis.of(0.0, float(len(tasks)), ticks)
     bars, named = [], []
     for after in frozen:
         place, height = tasks.index(after.task), 0.0
         for index, (name, members) in enumerate(layers.items()):
-            share = 100 * _share_of_bits(after, members)
+            share = 100 * after.share_of_bits(members)
             colour = charts.layer_colour(index, len(layers))
             tip = f"{name}: {number(share)} % of all bits after learning {after.task}"
             bars.append(
@@ -394,27 +396,9 @@ def _stack(run: _Run, y: Axis) -> _Stack:
             if after is frozen[-1]:
                 named.append((name, f"{number(share, 2)} %", colour, 100 - y.at(height + share / 2)))
             height += share
-    every = math.ceil(len(tasks) / _MOST_NAMED)
-    x = Axis(0.0, x.high, [(x.at(index + 0.5), str(index + 1)) for index in range(0, len(tasks), every)])
     return _Stack(
         f"Frozen share of all bits after each task, by layer: {run.name}", x, y, bars, charts.labels(named)
     )
-
-
-def _shown_layers(frozen: Frozen) -> dict[str, list[str]]:
-    """The layers with the most frozen bits, in the network's order, and the others together."""
-    names = list(frozen.layers)
-    if len(names) <= _MOST_LAYERS:
-        return {name: [name] for name in names}
-    most = sorted(names, key=lambda name: -_share_of_bits(frozen, [name]))[: _MOST_LAYERS - 1]
-    others = [name for name in names if name not in most]
-    return {**{name: [name] for name in names if name in most}, f"{len(others)} others": others}
-
-
-def _share_of_bits(frozen: Frozen, layers: Sequence[str]) -> float:
-    """The frozen bits of some layers, as a share of all bits of the network."""
-    values = sum(layer.values for layer in frozen.layers.values())
-    return sum(frozen.layers[name].used_capacity * frozen.layers[name].values for name in layers) / values
 
 
 def _histograms(runs: Sequence[_Run]) -> list[tuple[_Run, list[_Histogram]]]:
@@ -431,12 +415,10 @@ def _histograms(runs: Sequence[_Run]) -> list[tuple[_Run, list[_Histogram]]]:
         return []
     most, least = max(bits for bits, _ in shares), min(share for _, share in shares)
     decades = 1 - math.floor(math.log10(least))  # the least bar is at least as high as a decade
-    x = Axis(0.0, most + 1.0, [])
     every = math.ceil((most + 1) / 8)
-    x = Axis(x.low, x.high, [(x.at(bits + 0.5), str(bits)) for bits in range(0, most + 1, every)])
-    y = Axis(-float(decades), 0.0, [])
+    x = Axis.of(0.0, most + 1.0, [(bits + 0.5, str(bits)) for bits in range(0, most + 1, every)])
     shown = range(0, decades, math.ceil(decades / 4))
-    y = Axis(y.low, y.high, [(y.at(-decade), number(100 * 10.0**-decade)) for decade in shown])
+    y = Axis.of(-float(decades), 0.0, [(-decade, number(100 * 10.0**-decade)) for decade in shown])
     return [(run, [_histogram(run, *layer, x, y) for layer in layers.items()]) for run, layers in last]
 
 

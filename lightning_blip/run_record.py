@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Of what is written.
 VERSION = 1
+#: The file's name, in the log folder of a run.
+RECORD = "forgetting.json"
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,13 @@ class Frozen:
             >>> Frozen.of("first", report, bits, max_bits=2).layers["0"].bits
             [1, 1, 1]
         """
-        capacity = "blip/used_capacity/"
-        counts: dict[str, Tensor] = {}
-        for name, values in bits.items():
-            counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
-            counts[layer_of(name)] = counts.get(layer_of(name), torch.zeros_like(counted)) + counted
+        capacity, counts = "blip/used_capacity/", counts_by_layer(bits, max_bits)
         layers = {
             layer: LayerBits(
-                int(counts[layer].sum()),
+                sum(counts[layer]),
                 report[capacity + layer],
                 report.get(f"blip/information_gain/{layer}", 0.0),
-                counts[layer].tolist(),
+                counts[layer],
             )
             for layer in (name.removeprefix(capacity) for name in report if name.startswith(capacity))
         }
@@ -116,6 +114,39 @@ class Frozen:
             report["blip/information_gain"],
             layers,
         )
+
+    def share_of_bits(self, layers: Iterable[str]) -> float:
+        """The frozen bits of some layers, as a share of all bits of the network.
+
+        Args:
+            layers: By name; one that was not there yet has none.
+
+        Returns:
+            The share, 0 to 1.
+
+        Example:
+            >>> layers = {"0": LayerBits(3, 0.5, 1.0, [0, 3, 0]), "1": LayerBits(1, 1.0, 1.0, [0, 0, 1])}
+            >>> Frozen("first", 0.625, 0.0, 2.0, layers).share_of_bits(["0"])
+            0.375
+        """
+        values = sum(layer.values for layer in self.layers.values())
+        known = [self.layers[name] for name in layers if name in self.layers]
+        return sum(layer.used_capacity * layer.values for layer in known) / values
+
+    def grouped(self, most: int) -> dict[str, list[str]]:
+        """The layers with the most frozen bits by themselves, and the others together.
+
+        Args:
+            most: How many are by themselves.
+
+        Returns:
+            Names of layers by what the group is called: first those by themselves, in the network's order.
+        """
+        names = list(self.layers)
+        largest = sorted(names, key=lambda name: -self.share_of_bits([name]))[:most]
+        others = [name for name in names if name not in largest]
+        alone = {name: [name] for name in names if name in largest}
+        return {**alone, f"{len(others)} others": others} if others else alone
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Frozen:
@@ -231,6 +262,28 @@ def layer_of(parameter: str) -> str:
         ('body.0', 'scale')
     """
     return parameter.rpartition(".")[0] or parameter
+
+
+def counts_by_layer(bits: Mapping[str, Tensor], max_bits: int) -> dict[str, list[int]]:
+    """How many values of each layer have 0, 1, …, N frozen bits.
+
+    Args:
+        bits: Of each parameter or coordinate, see :meth:`BLIP.bits`.
+        max_bits: N.
+
+    Returns:
+        N + 1 counts for each module that has such parameters, by its name.
+
+    Example:
+        >>> weight, bias = torch.tensor([[0, 2]]), torch.tensor([0])
+        >>> counts_by_layer({"0.weight": weight, "0.bias": bias}, max_bits=2)
+        {'0': [2, 0, 1]}
+    """
+    counts: dict[str, Tensor] = {}
+    for name, values in bits.items():
+        counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
+        counts[layer_of(name)] = counts.get(layer_of(name), 0) + counted
+    return {name: counted.tolist() for name, counted in counts.items()}
 
 
 def plain(value: Any) -> Any:

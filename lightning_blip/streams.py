@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-Samples = Dataset[Any]
+if TYPE_CHECKING:
+    Samples = Dataset[Any]
+else:
+    # With type arguments, jsonargparse would make a bare Dataset of any class or function that a YAML names.
+    Samples = Dataset
 
 
 @dataclass(frozen=True)

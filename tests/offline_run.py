@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class OfflineRun:
         self.axes: dict[str, str] = {}
         self.artifacts: list[Any] = []
         for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime):
-            for record in records(path):
+            for record in _ended(path):
                 self._take(record)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
@@ -66,6 +67,16 @@ class OfflineRun:
             self.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "artifact":
             self.artifacts.append(record.artifact)
+
+
+def _ended(path: Path) -> list[Record]:
+    """All records of a run that was finished: another process writes them, its exit last."""
+    for _ in range(600):
+        found = list(records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{path} has no end")
 
 
 def _values(items: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule, TaskStopping
 from lightning_blip.run_record import RunRecord
@@ -92,6 +92,46 @@ def test_a_resumed_fit_adds_to_the_scores(tmp_path):
     fit(resumed, ckpt_path=tmp_path / "last.ckpt", default_root_dir=tmp_path / "second")
     torch.testing.assert_close(resumed.matrix, whole.matrix, equal_nan=True)
     assert table(tmp_path / "second") == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [9, 12])
+def test_a_fit_resumed_from_the_last_step_of_an_epoch_has_the_same_table(tmp_path, step):
+    torch.manual_seed(1)
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+    fit(
+        ForgettingCurves("val_acc"), callbacks=[checkpoint], enable_checkpointing=True,
+        default_root_dir=tmp_path / "whole",
+    )  # fmt: skip
+    resumed = ForgettingCurves("val_acc")
+    fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt", default_root_dir=tmp_path / "rest")
+    assert table(tmp_path / "rest") == table(tmp_path / "whole")
+    assert record(tmp_path / "rest") == record(tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_there_was_a_record_is_gone_on_from(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    first = ForgettingCurves()
+    fit(first, callbacks=[saving], max_epochs=3, enable_checkpointing=True, default_root_dir=tmp_path / "a")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    old = saved["callbacks"]["ForgettingCurves"]
+    assert old.keys() == {"matrix", "history", "frozen", "predicted"}
+    del old["frozen"], old["predicted"]
+    for score in old["history"]:
+        del score["position"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    curves = ForgettingCurves()
+    fit(
+        curves, callbacks=[BLIP()], ckpt_path=tmp_path / "old.ckpt", logger=TensorBoardLogger(tmp_path),
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    torch.testing.assert_close(curves.matrix[0], first.matrix[0], equal_nan=True)
+    one = RunRecord.read(next((tmp_path / "lightning_logs").rglob("forgetting.json")))
+    assert [frozen.task for frozen in one.frozen] == ["2-3", "4-5"]
+    assert [(score.learning, score.task) for score in one.scores if score.boundary] == [
+        ("0-1", "0-1"),
+        ("2-3", "0-1"), ("2-3", "2-3"),
+        ("4-5", "0-1"), ("4-5", "2-3"), ("4-5", "4-5"),
+    ]  # fmt: skip
 
 
 def test_a_fit_resumed_with_more_tasks_makes_room_for_them(tmp_path):

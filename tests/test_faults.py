@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_blip import BLIP, ForgettingCurves, Task, TaskSequenceDataModule
+from lightning_blip import BLIP, ForgettingCurves, Task, TaskSequenceDataModule, pictures
 from tests.networks import QUIET, Net, blobs, pairs
 from tests.test_checkpoints import same
 
@@ -118,19 +119,34 @@ def test_other_errors_are_no_lack_of_memory():
         BLIP().consolidate(Broken(8, 6), DataLoader(blobs(), batch_size=30))
 
 
-def test_a_full_disk_costs_the_report_not_the_fit(tmp_path, monkeypatch):
-    def full(self, *arguments, **options):
-        if self.name == "forgetting.csv":
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return opened(self, *arguments, **options)
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def full_at(name, monkeypatch):
+    """No file of that name can be opened."""
     opened = Path.open
 
-    blip, curves, module = BLIP(), ForgettingCurves(), Net()
+    def full(self, *arguments, **options):
+        return no_room() if self.name == name else opened(self, *arguments, **options)
+
     monkeypatch.setattr(Path, "open", full)
-    with pytest.warns(UserWarning, match=r"curves up to task '4-5' could not be written .* No space left"):
-        pl.Trainer(**QUIET, callbacks=[blip, curves], default_root_dir=tmp_path).fit(
-            module, datamodule=pairs()
-        )
+
+
+@pytest.mark.parametrize(
+    ("what", "task"), [("forgetting.csv", "4-5"), ("forgetting.json.tmp", "0-1"), ("picture", "0-1")]
+)
+def test_a_full_disk_costs_the_report_not_the_fit(tmp_path, monkeypatch, what, task):
+    blip, curves, module = BLIP(), ForgettingCurves(), Net()
+    if what == "picture":  # that a logger is shown
+        monkeypatch.setattr(pictures, "matrix_picture", no_room)
+    else:
+        full_at(what, monkeypatch)
+    with pytest.warns(UserWarning, match=rf"curves up to task '{task}' could not be .* No space left"):
+        pl.Trainer(
+            **{**QUIET, "logger": TensorBoardLogger(tmp_path)},
+            callbacks=[blip, curves],
+            default_root_dir=tmp_path,
+        ).fit(module, datamodule=pairs())
     assert blip.tasks_learned == 3
     assert curves.matrix.isfinite().sum() == 6

@@ -127,6 +127,30 @@ def test_weights_and_biases_gets_the_charts(tmp_path):
         assert len(list(tmp_path.rglob(row["forgetting/matrix/path"]))) == 1
 
 
+def test_names_with_the_prefix_of_the_logger_have_the_axis_too(tmp_path):
+    fit(WandbLogger(save_dir=tmp_path, project="test", prefix="mine"), tmp_path)
+    run = OfflineRun(tmp_path)
+    logged = {name for row in run.history for name in row}
+    for name in ("forgetting/average_score", "forgetting/val_acc/0-1", "blip/used_capacity/body.0"):
+        assert f"mine-{name}" in logged
+        assert run.axes[f"mine-{name}"] == f"mine-{name.partition('/')[0]}/position"
+    assert set(run.axes.values()) <= logged | {""}
+
+
+def test_a_diverged_run_has_no_points_that_are_not_finite(tmp_path):
+    class Diverged(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            if self.trainer.datamodule.learned == 2:
+                self.log("val_acc", torch.nan)
+
+    record = fit(WandbLogger(save_dir=tmp_path, project="test"), tmp_path, Diverged)
+    points = table(tmp_path, "curves_table")["data"]
+    assert sorted(map(tuple, points)) == sorted(
+        (one.position, one.task, one.score) for one in record.scores if one.learning != "4-5"
+    )
+
+
 def test_a_resumed_run_goes_on_in_the_same_charts(tmp_path):
     whole = fit(False, tmp_path / "whole")
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
@@ -161,6 +185,18 @@ def test_the_frozen_state_becomes_an_artifact_when_asked_for(tmp_path, monkeypat
     assert file.path == "frozen.pt"
     restored.load_state_dict(torch.load(file.local_path, weights_only=True))
     assert all(torch.equal(bits, restored.bits()[name]) for name, bits in blip.bits().items())
+
+
+@pytest.mark.parametrize("missing", ["BLIP", "WandbLogger"])
+def test_a_frozen_state_that_will_not_be_logged_is_told_of_at_once(tmp_path, missing):
+    logger = WandbLogger(save_dir=tmp_path, project="test") if missing == "BLIP" else CSVLogger(tmp_path)
+    blips = [] if missing == "BLIP" else [BLIP()]
+    options = {**QUIET, "logger": logger, "default_root_dir": tmp_path, "max_epochs": 1}
+    callbacks = [ForgettingCurves(log_frozen_state=True), *blips]
+    with pytest.warns(UserWarning, match=f"log_frozen_state=True does nothing: .* no {missing}"):
+        pl.Trainer(**options, callbacks=callbacks).fit(Net(), datamodule=pairs())
+    if missing == "BLIP":
+        logger.experiment.finish()
 
 
 class MLFlowLogger(Logger):

@@ -72,6 +72,22 @@ def test_what_is_no_record_is_refused(tmp_path, text, message):
         RunRecord.read(tmp_path / "other.json")
 
 
+def test_layers_are_grouped_by_how_much_is_frozen_in_them():
+    """One that came with a later task had no bits before."""
+    first = Frozen("a", 0.1, 0.0, 1.0, {"0": LayerBits(10, 0.1, 1.0, [8, 2])})
+    layers = {
+        "0": LayerBits(10, 0.2, 1.0, [6, 4]),
+        "1": LayerBits(10, 0.0, 0.0, [10, 0]),
+        "2": LayerBits(20, 0.5, 2.0, [10, 10]),
+    }
+    last = Frozen("b", 0.3, 0.0, 3.0, layers)
+    assert last.grouped(1) == {"2": ["2"], "2 others": ["0", "1"]}
+    assert last.grouped(2) == {"0": ["0"], "2": ["2"], "1 others": ["1"]}
+    assert last.grouped(3) == {"0": ["0"], "1": ["1"], "2": ["2"]}
+    assert last.share_of_bits(["0", "1"]) == pytest.approx(2 / 40)
+    assert [first.share_of_bits(names) for names in (["0"], ["2"])] == [pytest.approx(0.1), 0.0]
+
+
 def test_hyperparameters_of_any_kind_become_plain_values():
     values = {1: (True, 2), "path": Path("a"), "type": torch.nn.ReLU, "none": None, "text": "b"}
     assert plain(values) == {

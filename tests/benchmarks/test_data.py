@@ -252,14 +252,12 @@ def hub(monkeypatch):
     ("name", "source"),
     [("cifar10", ("uoft-cs/cifar10",)), ("svhn", ("ufldl-stanford/svhn", "cropped_digits"))],
 )
-def test_hub(name, source, hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_hub(name, source, hub):
     assert_read(Path("hub"), name, made_up(*SETS["cifar10"]))
     assert hub == [source]
 
 
-def test_hub_is_asked_only_where_nothing_is_found(hub, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_hub_is_asked_only_where_nothing_is_found(hub, data, tmp_path):
     Path("hub").symlink_to(data)
     assert_read(Path("hub"), "cifar10", made_up(*SETS["cifar10"]))
     with pytest.raises(FileNotFoundError):

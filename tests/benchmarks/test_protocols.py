@@ -202,7 +202,7 @@ def test_large_images_are_validated_fewer_at_a_time(shape, sizes, data):
 @pytest.mark.parametrize("name", ["split_mnist", "five_sets", "mini_imagenet_alexnet"])
 def test_a_stream_has_no_more_tasks_than_it_can(name, data):
     tasks = PROTOCOLS[name].tasks
-    with pytest.raises(ValueError, match=f"tasks={tasks + 1} is more than the {tasks} of {name}"):
+    with pytest.raises(ValueError, match=f"tasks={tasks + 1} is more than the {tasks} that this stream has"):
         replace(PROTOCOLS[name], tasks=tasks + 1).stream(data, seed=0)
 
 

@@ -126,7 +126,6 @@ def part(tmp_path, monkeypatch):
     part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
     for module in (suite, results):
         monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     return part
 

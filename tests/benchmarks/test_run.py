@@ -16,11 +16,10 @@ from lightning_blip.metrics import average_score, backward_transfer
 
 
 @pytest.fixture
-def runner(data, tmp_path, monkeypatch):
+def runner(data, tmp_path):
     """Runs two short tasks; the records lie in ``tmp_path``."""
 
     def main(stream, method, *arguments):
-        monkeypatch.chdir(tmp_path)
         short = ["--tasks", "2", "--epochs", "1"]
         run.main([stream, "--method", method, "--data", str(data), *short, *arguments])
         return {path.name: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}
@@ -208,5 +207,5 @@ def test_a_setting_that_the_method_lacks_is_refused(method, setting, message, ru
 
 
 def test_a_stream_has_no_more_tasks_than_the_data(data):
-    with pytest.raises(ValueError, match="tasks=6 is more than the 5 of split_mnist"):
+    with pytest.raises(ValueError, match="tasks=6 is more than the 5 that this stream has"):
         replace(PROTOCOLS["split_mnist"], tasks=6).stream(data, seed=0)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
+from lightning_blip.run_record import RECORD
 from lightning_blip.streams import split_classes
 from tests.networks import QUIET, Net, blobs
 
@@ -241,7 +242,8 @@ def fit(setup: Setup, folder: Path, last: int | None) -> None:
         save_on_train_epoch_end=False if setup.saves == "validation" else None,
     )
     callbacks = [Begins(moments), blip, curves, ends, checkpoint]
-    trainer = pl.Trainer(**{**QUIET, "enable_checkpointing": True}, callbacks=callbacks)
+    options = {**QUIET, "enable_checkpointing": True, "default_root_dir": folder}
+    trainer = pl.Trainer(**options, callbacks=callbacks)
     module = DroppingNet(setup, moments)
     with _watched_files(moments, folder, setup.across):
         trainer.fit(module, datamodule=stream(setup), ckpt_path="last")
@@ -249,7 +251,10 @@ def fit(setup: Setup, folder: Path, last: int | None) -> None:
         "weights": module.state_dict(),
         "bits": blip.bits(),
         "precision": blip.precision(),
-        "R": {"matrix": curves.matrix},
+        "R": {
+            "matrix": curves.matrix,
+            "record": torch.frombuffer(bytearray((folder / RECORD).read_bytes()), dtype=torch.uint8),
+        },
         "crossed": ends.crossed,
         "moments": moments.seen,
     }

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ def learn(folder, count, *arguments):
     """What each of so many processes has at the end of a small stream."""
     script = [sys.executable, "-m", "tests.processes.run", str(folder), str(count), *arguments]
     environment = {**os.environ, "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
+    environment.pop("LOCAL_RANK", None)  # which a test before may have left: the other would not be started
+    done = subprocess.run(
+        script, capture_output=True, text=True, env=environment, timeout=300, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
 
