@@ -22,8 +22,8 @@ docs: .venv/.ready
 nightly: .venv/.ready
 	$(BIN)/pytest -n 2 -m nightly
 
-# All methods on all streams of a table (cpu, long or cuda); DATA is the folder of the data sets. Goes on where it was
-# broken off.
+# All methods on all streams of a table (cpu, long, games or cuda); DATA is the folder of the data sets. Goes on
+# where it was broken off.
 benchmarks: .venv/.ready
 	$(BIN)/python -m benchmarks.suite --data $(DATA) --table $(TABLE)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
+from gymnasium.wrappers import TransformObservation
+from minatar.gym import register_envs
 from torch import Tensor, nn
 
 from benchmarks.ppo import PPO
@@ -30,7 +33,9 @@ class Games:
         tasks: How many there are.
         epochs: How long each is trained.
         source: Whose settings these are.
-        best: The return that counts as 100 %; 100 where the figures are to be the returns themselves.
+        best: The return that counts as 100 %; 100 where the figures are to be the returns themselves, None
+            where it is what a network that learns a game alone comes to.
+        validate_every: How many epochs lie between two evaluations on all games so far.
         metric: What the agent logs in validation.
     """
 
@@ -44,7 +49,8 @@ class Games:
     tasks: int
     epochs: int
     source: str
-    best: float
+    best: float | None
+    validate_every: int
     metric: str = "val_return"
 
     @property
@@ -77,6 +83,14 @@ class Games:
             **self.options,
         )
 
+    def alone(self) -> list[Games]:
+        """Each environment as a stream of its own."""
+        games = zip(self.environments.items(), self.actions, strict=True)
+        streams = [
+            replace(self, environments=dict([game]), actions=(count,), tasks=1) for game, count in games
+        ]
+        return streams[: self.tasks]
+
     def module(self) -> PPO:
         """The agent, its parameters drawn from torch's global random numbers."""
         return PPO(*self.body(), self.actions[: self.tasks], **self.agent)
@@ -100,19 +114,45 @@ def cartpole(**physics: float) -> gymnasium.Env[Any, Any]:
     return environment
 
 
+# Of all of MinAtar's games, the most that one has.
+_CHANNELS = 10
+
+
+def minatar(game: str) -> gymnasium.Env[Any, Any]:
+    """A game of MinAtar, its channels first and filled up to ten, ended after 2,500 steps as Freeway is."""
+    environment = gymnasium.make(f"MinAtar/{game}-v1", max_episode_steps=2_500, disable_env_checker=True)
+    space = gymnasium.spaces.Box(0, 1, (_CHANNELS, 10, 10), np.uint8)
+    return TransformObservation(environment, _channels_first, space)
+
+
+def _channels_first(cells: Any) -> Any:
+    filled = np.zeros((_CHANNELS, 10, 10), np.uint8)
+    filled[: cells.shape[-1]] = cells.transpose(2, 0, 1)
+    return filled
+
+
 def _tanh_mlp() -> tuple[nn.Module, int]:
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), 64
 
 
 class _Bytes(nn.Module):
-    """Values from 0 to 255, as 0 to 1."""
+    """Values from 0 to ``most``, as 0 to 1."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / 255
+        return x / self.most
+
+
+def _minatar_network() -> tuple[nn.Module, int]:
+    convolution, hidden = nn.Conv2d(_CHANNELS, 16, 3), nn.Linear(16 * 8 * 8, 128)
+    return nn.Sequential(_Bytes(1), convolution, nn.ReLU(), nn.Flatten(), hidden, nn.ReLU()), 128
 
 
 def _atari_network() -> tuple[nn.Module, int]:
-    layers: list[nn.Module] = [_Bytes()]
+    layers: list[nn.Module] = [_Bytes(255)]
     for inputs, outputs, kernel, stride in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 128, 3, 1)):
         layers += [nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 7 * 7, 1024), nn.ReLU()), 1024
@@ -121,16 +161,20 @@ def _atari_network() -> tuple[nn.Module, int]:
 # Of the paper, in its order, with the number of their actions.
 _ATARI = {"KungFuMaster": 14, "Boxing": 18, "Jamesbond": 18, "Krull": 18, "Riverraid": 18, "SpaceInvaders": 6}
 
+# With the number of their actions, those that do something.
+_MINATAR = {"Breakout": 3, "Asterix": 5, "Freeway": 3, "SpaceInvaders": 4}
+register_envs()
+
 GAMES = {
     games.name: games
     for games in (
         Games(
             "cartpole",
-            "CartPole with a long pole and double gravity, with its force reversed, and with a short pole "
-            "and half the gravity, a head each, MLP 4-64-64, PPO, 41,000 steps a task",
+            "CartPole with a long pole and double gravity, the same with reversed force, and with a short "
+            "pole and half the gravity, a head each, MLP 4-64-64, PPO, 41,000 steps a task",
             environments={
                 "heavy": partial(cartpole, length=2.0, gravity=20.0),
-                "reversed": partial(cartpole, force_mag=-10.0),
+                "reversed": partial(cartpole, length=2.0, gravity=20.0, force_mag=-10.0),
                 "light": partial(cartpole, length=0.25, gravity=5.0),
             },
             actions=(2, 2, 2),
@@ -148,6 +192,29 @@ GAMES = {
             epochs=4,
             source="our choice",
             best=500.0,
+            validate_every=1,
+        ),
+        Games(
+            "minatar",
+            "Breakout, Asterix, Freeway and Space Invaders of MinAtar, a head each, a convolution of 16 "
+            "channels and 128 hidden units, PPO, 0.5 M steps a game",
+            environments={game: partial(minatar, game) for game in _MINATAR},
+            actions=tuple(_MINATAR.values()),
+            body=_minatar_network,
+            agent={"lr": 3e-3, "clip": 0.2},
+            options={
+                "num_envs": 64,
+                "rollout_steps": 64,
+                "updates_per_epoch": 12,
+                "passes": 4,
+                "batch_size": 512,
+                "episodes": 20,
+            },
+            tasks=4,
+            epochs=10,
+            source="network: Young and Tian, arXiv 1903.03176; the rest is our choice",
+            best=None,
+            validate_every=2,
         ),
         Games(
             "atari",
@@ -170,6 +237,7 @@ GAMES = {
             source="the paper: games, network, PPO and its settings, but for the critic's loss, which is not "
             "clipped",
             best=100.0,
+            validate_every=10,
         ),
     )
 }

@@ -43,4 +43,6 @@ METHODS: dict[str, Method] = {
     "blip-paper": Method("BLIP, as published", BLIP.paper),
     # All tasks at once: there is nothing to forget.
     "joint": Method("joint training", FineTuning),
+    # A network a task: nothing to forget, and nothing shared.
+    "single": Method("single-task runs", FineTuning),
 }

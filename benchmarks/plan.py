@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.games import Games
 from benchmarks.methods import METHODS
-from benchmarks.protocols import PROTOCOLS, Protocol
+from benchmarks.protocols import Protocol
 from benchmarks.record import Record
-from benchmarks.run import Run
+from benchmarks.run import STREAMS, Run
 
 # Settings are searched on so many tasks, with seed 0.
 _SEARCH_TASKS = 3
-_COMPARED = tuple(name for name in METHODS if name != "blip-paper")
+_COMPARED = tuple(name for name in METHODS if name not in ("blip-paper", "single"))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Entry:
         method = METHODS[self.method]
         searched = (self.part.searched_on or self.part).protocol
         first = replace(searched, tasks=min(_SEARCH_TASKS, searched.tasks))
-        return [Job(Run(first, self.method, {str(method.setting): value}), 0) for value in method.values]
+        values = self.part.values.get(self.method, method.values)
+        return [Job(Run(first, self.method, {str(method.setting): value}), 0) for value in values]
 
     def seeds_of_best(self, out: Path) -> list[Job]:
         """Runs of the whole stream, with the value that had the highest ACC in the search.
@@ -109,6 +111,7 @@ class Part:
         seeds: How many.
         epochs: Of each task, if not the stream's own.
         methods: Their names.
+        values: Those that the searches try, by method, where they are not the usual ones.
         searched_on: The part whose first tasks the settings are searched on, if not this one.
         blip: Arguments of BLIP, where it does not run at its defaults.
         behind: Why another method is ahead of BLIP, where one is.
@@ -118,14 +121,15 @@ class Part:
     seeds: int = 3
     epochs: int | None = None
     methods: tuple[str, ...] = _COMPARED
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     searched_on: Part | None = None
     blip: dict[str, Any] = field(default_factory=dict)
     behind: str = ""
 
     @property
-    def protocol(self) -> Protocol:
+    def protocol(self) -> Protocol | Games:
         """The stream as it is learned here."""
-        usual = PROTOCOLS[self.stream]
+        usual = STREAMS[self.stream]
         return replace(usual, epochs=self.epochs or usual.epochs)
 
     @property
@@ -139,8 +143,12 @@ _BEFORE = {"smoothing": 0.02}
 _CIFAR10 = Part("split_cifar10", blip=_BEFORE)
 _CIFAR10_SHORT = Part("split_cifar10", seeds=1, epochs=1)
 
-#: All parts of the results, by table: what two cores learn in three hours, what takes them longer, and what
-#: takes a GPU.
+_PLAYERS = ("single", "finetune", "ewc", "blip", "blip-kronecker")
+# Around the paper's 5,000.
+_OF_PLAYERS = {"ewc": (50, 500, 5_000, 50_000)}
+
+#: All parts of the results, by table: what two cores learn in three hours, what takes them longer, what takes
+#: a GPU, and what two cores learn to play.
 PARTS: dict[str, tuple[Part, ...]] = {
     "cpu": (
         Part("split_mnist"),
@@ -175,6 +183,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
             methods=("finetune", "blip", "blip-kronecker"),
             blip=_BEFORE,
         ),
+    ),
+    "games": (
+        Part("cartpole", methods=_PLAYERS, values=_OF_PLAYERS),
+        Part("minatar", methods=_PLAYERS, values=_OF_PLAYERS),
     ),
     "cuda": (_CIFAR10, Part("three_sets", searched_on=_CIFAR10)),
 }

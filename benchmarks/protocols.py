@@ -34,8 +34,7 @@ class Protocol:
         epochs: How long each is trained.
         batch_size: In training.
         source: Whose settings these are, and where they had to be chosen.
-        metric: What the network logs in validation; higher is better.
-        best: The score that counts as 100 %.
+        metric: What the network logs in validation; a share, higher is better.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Protocol:
     batch_size: int
     source: str
     metric: str = "val_acc"
-    best: float = 1.0
 
     def stream(self, folder: Path, seed: int) -> TaskSequenceDataModule:
         """The tasks, to be learned.

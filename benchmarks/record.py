@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Record:
         seconds: How long the fit took, its measurements included.
         machine: Where.
         torch_version: With which torch.
+        ceilings: Of each task the score that counts as 100 %, where that is not a score of 1.
+        curves: Of each task, where it was scored while the later ones were learned: position in tasks, and %.
     """
 
     stream: str
@@ -45,6 +47,8 @@ class Record:
     seconds: float
     machine: str
     torch_version: str
+    ceilings: list[float] | None = None
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Saves the record, whole or not at all."""

@@ -21,12 +21,14 @@ from benchmarks.record import Record
 from benchmarks.run import spread
 
 _BASES = ("blip", "blip-kronecker")
+_CEILINGS = ("joint", "single")
 # Okabe and Ito's colours, which colour-blind people can tell apart; a method keeps its own in every picture.
 _COLOURS = ("#999999", "#F0E442", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#000000")
 _MAPS_A_ROW = 5
 _TABLES = {
     "cpu": ("On two cores", "make benchmarks DATA=DIR"),
     "long": ("On two cores, longer", "make benchmarks DATA=DIR TABLE=long"),
+    "games": ("Games", "make benchmarks TABLE=games"),
     "cuda": ("On a GPU", "make benchmarks DATA=DIR TABLE=cuda"),
 }
 _HEAD = """# Results
@@ -44,7 +46,10 @@ is typed by hand but the published ones.
   defaults, unless its row says otherwise. Every other method has its one main setting searched, on the first
   three tasks of seed 0, over four values; on `three_sets` it is what was found on `split_cifar10`. A value
   with which the whole stream diverges gives way to the next best.
-- Joint training has all tasks at once: the ceiling, no method.
+- Joint training has all tasks at once: the ceiling, no method. The ceiling of games are single-task runs: an
+  agent of its own for each, trained as long.
+- Scores of games are returns, as shares of the returns of the single-task runs with the same seed; those of
+  `cartpole` as shares of 500, the most there is.
 """
 
 
@@ -162,7 +167,7 @@ def verdict(rows: Sequence[Row], behind: str) -> str:
         One or two sentences; nothing if there is nothing to compare.
     """
     ours = [row for row in rows if row.method in _BASES]
-    others = [row for row in rows if row.method not in (*_BASES, "joint")]
+    others = [row for row in rows if row.method not in (*_BASES, *_CEILINGS)]
     if not ours or not others:
         return ""
     best, rival = (max(group, key=lambda row: row.acc) for group in (ours, others))
@@ -284,7 +289,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         rows: The methods.
         path: Of the file.
     """
-    learners = [row for row in rows if row.method != "joint"]
+    learners = [row for row in rows if row.method not in _CEILINGS]
     heights = -(-len(learners) // _MAPS_A_ROW)
     figure = Figure(figsize=(16, 1.2 + 2.3 * heights), layout="constrained")
     left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[5, 3]))
@@ -307,7 +312,7 @@ def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
     names = list(METHODS)
     for row in rows:
         colour, title = _COLOURS[names.index(row.method) % len(_COLOURS)], row.title
-        if row.method == "joint":
+        if row.method in _CEILINGS:
             axes.axhline(row.acc, color="0.3", linestyle="--", linewidth=1, label=title)
             continue
         ours = row.method in _BASES

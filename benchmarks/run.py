@@ -35,8 +35,9 @@ from lightning_blip.metrics import average_score, backward_transfer, forward_tra
 
 #: By name, of data sets and of environments.
 STREAMS: dict[str, Protocol | Games] = {**PROTOCOLS, **GAMES}
-# Methods that need the samples and labels of data sets.
+# Methods that need the samples and labels of data sets, and those that need returns.
 _NEED_LABELS = ("lwf", "joint")
+_NEED_RETURNS = ("single",)
 
 #: Is told where a run is, in words, and how much of it is done, 0 to 1.
 Report = Callable[[str, float], None]
@@ -102,7 +103,8 @@ class Run:
         else:
             unfinished = path.with_suffix(".ckpt")
             try:
-                self.learn(data, seed, device, report, unfinished).write(path)
+                ceilings = self._ceilings(data, out, seed, device, report)
+                self.learn(data, seed, device, report, unfinished, ceilings).write(path)
             except FloatingPointError as error:
                 out.mkdir(parents=True, exist_ok=True)
                 self.diverged(out, seed).write_text(f"{error}\n")
@@ -111,6 +113,16 @@ class Run:
             unfinished.unlink(missing_ok=True)
         return Record.read(path)
 
+    def _ceilings(self, data: Path, out: Path, seed: int, device: str, report: Report) -> list[float] | None:
+        """What agents of their own come to in each game, where it is not known what there is to get."""
+        games = self.protocol
+        if not isinstance(games, Games) or games.best is not None or self.method == "single":
+            return None
+        whole = replace(games, tasks=STREAMS[games.name].tasks)
+        single = Run(whole, "single", {}).record(data, out, seed, device, report)
+        assert single.ceilings is not None
+        return single.ceilings[: games.tasks]
+
     def learn(
         self,
         data: Path,
@@ -118,6 +130,7 @@ class Run:
         device: str = "cpu",
         report: Report = tell,
         unfinished: Path | None = None,
+        ceilings: list[float] | None = None,
     ) -> Record:
         """Learns the whole stream in one fit, and says where it is.
 
@@ -131,16 +144,21 @@ class Run:
             report: Is told after each epoch where the run is.
             unfinished: File that holds, after each task, all that is needed to go on; gone on from if it is
                 there.
+            ceilings: Of each task the score that counts as 100 %, if the stream does not say.
 
         Returns:
             The record.
         """
+        if self.method == "single":
+            return self._learn_alone(data, seed, device, report)
         pl.seed_everything(seed, verbose=False)
         stream = self.protocol.stream(data, seed)
         module = self.protocol.module()
-        watch = _Watch(self, seed, report)
+        if isinstance(self.protocol, Games) and self.protocol.best is not None:
+            ceilings = [self.protocol.best] * self.protocol.tasks
+        watch = _Watch(self, seed, report, ceilings)
+        R = torch.full((len(stream), len(stream)), torch.nan)
         if self.method == "joint":
-            R = torch.full((len(stream), len(stream)), torch.nan)
             R[-1] = learn_jointly(
                 cast(Classifier, module),
                 cast(TaskSequenceDataModule, stream),
@@ -170,6 +188,32 @@ class Run:
             seconds=round(watch.seconds, 3),
             machine=machine(device),
             torch_version=torch.__version__,
+            ceilings=ceilings,
+            curves=watch.points,
+        )
+
+    def _learn_alone(self, data: Path, seed: int, device: str, report: Report) -> Record:
+        """A record of agents that learn a game each."""
+        games = cast(Games, self.protocol)
+        records = [
+            Run(game, "finetune", {}).learn(data, seed, device, _part_of(report, index, games.tasks))
+            for index, game in enumerate(games.alone())
+        ]
+        scores = [record.ACC for record in records]
+        returns = [round(score / 100, 4) for score in scores]
+        if games.best is None:
+            scores = [100.0] * games.tasks
+        R: list[list[float | None]] = [[None] * games.tasks for _ in scores]
+        R[-1] = [*scores]
+        return replace(
+            records[-1],
+            method=self.method,
+            tasks=games.tasks,
+            ACC=round(statistics.mean(scores), 4),
+            R=R,
+            seconds=round(sum(record.seconds for record in records), 3),
+            ceilings=returns if games.best is None else [games.best] * games.tasks,
+            curves={name: points for record in records for name, points in record.curves.items()},
         )
 
     def _learn_in_sequence(
@@ -192,28 +236,38 @@ class Run:
                 enable_checkpointing=unfinished is not None,
                 # The boundaries validate by themselves, and nothing else needs to.
                 num_sanity_val_steps=0,
-                check_val_every_n_epoch=stream.remaining_epochs + 1,
+                check_val_every_n_epoch=(
+                    self.protocol.validate_every
+                    if isinstance(self.protocol, Games)
+                    else stream.remaining_epochs + 1
+                ),
             )
             begun = unfinished if unfinished is not None and unfinished.exists() else None
             trainer.fit(module, datamodule=stream, ckpt_path=begun)
-        R = watch.curves.matrix / self.protocol.best
+        R = watch.curves.matrix.clone()
         R.diagonal(offset=1)[: len(watch.ahead)] = torch.tensor(watch.ahead)
         return R
+
+
+def _part_of(report: Report, index: int, count: int) -> Report:
+    """Reports one of several fits as a part of them all."""
+    return lambda where, share: report(f"{index + 1} of {count}: {where}", (index + share) / count)
 
 
 class _Watch(pl.Callback):
     """Says where a run is, and notes what a record needs besides the scores on tasks learned."""
 
-    def __init__(self, run: Run, seed: int, report: Report) -> None:
+    def __init__(self, run: Run, seed: int, report: Report, ceilings: list[float] | None) -> None:
         self.method = METHODS[run.method].make(**run.settings)
-        self.curves = ForgettingCurves(run.protocol.metric)
+        self.curves = ForgettingCurves(run.protocol.metric, ceilings=ceilings)
         self.seconds = 0.0
         self.used_capacity: list[float] = []
         self.at_first: list[float] = []  # of each task, before any training
         self.ahead: list[float] = []  # of each task but the first, right before it is learned
+        self.points: dict[str, list[tuple[float, float]]] = {}
         self._label = " ".join([*run.label, f"seed={seed}"])
         self._epochs = run.protocol.epochs
-        self._best = run.protocol.best
+        self._follows = isinstance(run.protocol, Games)
         self._report = report
         self._begun = 0.0
 
@@ -235,13 +289,19 @@ class _Watch(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds = time.perf_counter() - self._begun
         epoch, epochs = trainer.current_epoch, trainer.fit_loop.max_epochs or 1
-        mean = average_score(self.curves.matrix / self._best)
+        mean = average_score(self.curves.matrix)
         self._report(
             f"{self._label}: task {epoch // self._epochs + 1} of {epochs // self._epochs}, "
             f"epoch {epoch % self._epochs + 1} of {self._epochs}, {self.seconds:.0f} s"
             + (f", mean score {100 * float(mean):.2f} %" if mean.isfinite() else ""),
             (epoch + 1) / epochs,
         )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._follows:
+            for score in self.curves.record(trainer).scores:
+                points = self.points.setdefault(score.task, [])
+                points.append((round(score.position, 4), round(100 * score.score, 2)))
 
     def state_dict(self) -> dict[str, Any]:
         names = ("seconds", "used_capacity", "at_first", "ahead")
@@ -329,6 +389,8 @@ def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     run = Run(replace(STREAMS[options.stream], **given), options.method, dict(options.set))
     if run.protocol.name in GAMES and run.method in _NEED_LABELS:
         parser.error(f"--method {run.method} needs labels, which {run.protocol.name} does not have")
+    if run.protocol.name in PROTOCOLS and run.method in _NEED_RETURNS:
+        parser.error(f"--method {run.method} needs returns, which {run.protocol.name} does not have")
     try:
         METHODS[run.method].make(**run.settings)
     except (TypeError, ValueError) as error:

@@ -21,8 +21,8 @@ from benchmarks import results
 from benchmarks.machine import machine
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job
-from benchmarks.protocols import PROTOCOLS
 from benchmarks.record import Record
+from benchmarks.run import STREAMS
 
 
 class Suite:
@@ -144,20 +144,21 @@ def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/records"), help="folder of the records")
     parser.add_argument(
         "--table",
         choices=PARTS,
         default="cpu",
-        help="what two cores learn in three hours (cpu), what takes them longer (long) or takes a GPU (cuda)",
+        help="what two cores learn in three hours (cpu), what takes them longer (long), what takes a GPU "
+        "(cuda), and what two cores learn to play (games)",
     )
     parser.add_argument("--processes", type=int, default=2, help="how many runs at a time")
     parser.add_argument(
         "--streams",
         nargs="+",
-        choices=PROTOCOLS,
-        default=list(PROTOCOLS),
+        choices=STREAMS,
+        default=list(STREAMS),
         metavar="STREAM",
         help="some of those of the tables",
     )

@@ -1,0 +1,120 @@
+"""Streams of games: their environments, and scores as shares of what single-task runs come to."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.games import GAMES
+from benchmarks.methods import METHODS
+from benchmarks.plan import PARTS, Entry, Part
+from benchmarks.record import Record
+from benchmarks.results import Row, verdict
+
+
+def quiet(*_):
+    pass
+
+
+def short(name, tasks):
+    sizes = {
+        "num_envs": 2, "rollout_steps": 16, "updates_per_epoch": 2, "passes": 2, "batch_size": 16,
+        "episodes": 20,
+    }  # fmt: skip
+    return replace(GAMES[name], tasks=tasks, epochs=2, validate_every=1, options=sizes)
+
+
+@pytest.fixture
+def games(monkeypatch):
+    """Two games, for two epochs each, of which nobody knows how much can be got."""
+    games = replace(short("cartpole", 2), best=None)
+    monkeypatch.setitem(run.STREAMS, "cartpole", games)
+    return games
+
+
+def test_games_of_minatar_show_the_same_number_of_channels_and_are_played():
+    games = GAMES["minatar"]
+    stream, module = games.stream(None, seed=0), games.module()
+    assert [task.action_space.n for task in stream.tasks] == list(games.actions)
+    for task in stream.tasks:
+        environment = task.environment()
+        cells, _ = environment.reset(seed=0)
+        assert cells.shape == (10, 10, 10)
+        assert environment.observation_space.contains(cells)
+        assert set(np.unique(cells)) == {0, 1}
+        assert module(torch.as_tensor(cells)[None]).shape == (1, 3)
+        assert environment.spec.max_episode_steps == 2_500
+
+
+def test_single_task_runs_are_the_ceiling_of_the_same_seed(games, tmp_path):
+    record = run.Run(games, "finetune", {}).record(tmp_path, tmp_path, seed=1, report=quiet)
+    single = Record.read(tmp_path / "cartpole-single-seed1.json")
+    assert single.ceilings == record.ceilings
+    assert single.R == [[None, None], [100.0, 100.0]]
+    assert min(single.ceilings) > 0
+    learned = run.Run(games, "finetune", {}).learn(tmp_path, seed=1, report=quiet)
+    returns = np.array(learned.R, dtype=float)[-1] / 100
+    assert record.R[-1] == pytest.approx((100 * returns / np.array(single.ceilings)).tolist(), rel=1e-4)
+
+
+def test_an_agent_of_its_own_learns_each_game_as_a_stream_of_one(games, tmp_path):
+    single = run.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
+    for game, ceiling in zip(games.alone(), single.ceilings, strict=True):
+        assert len(game.environments) == game.tasks == 1
+        record = run.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet)
+        assert pytest.approx(100 * ceiling, rel=1e-3) == record.ACC
+
+
+def test_single_task_runs_of_games_whose_best_is_known_are_measured_by_that(tmp_path):
+    games = short("cartpole", 2)
+    record = run.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
+    assert record.ceilings == [500.0, 500.0]
+    assert record.R[-1] == [
+        run.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet).ACC for game in games.alone()
+    ]
+    assert pytest.approx(sum(record.R[-1]) / 2) == record.ACC
+
+
+def test_fewer_games_are_measured_by_the_single_task_runs_of_all(games, tmp_path):
+    fewer = replace(games, tasks=1)
+    record = run.Run(fewer, "finetune", {}).record(tmp_path, tmp_path, seed=0, report=quiet)
+    assert record.ceilings == Record.read(tmp_path / "cartpole-single-seed0.json").ceilings[:1]
+
+
+def test_a_record_holds_the_curve_of_each_game(games, tmp_path):
+    record = run.Run(games, "blip", {}).learn(tmp_path, seed=0, report=quiet, ceilings=[2.0, 4.0])
+    first, second = record.curves["heavy"], record.curves["reversed"]
+    assert [position for position, _ in first] == [0.5, 1.0, 1.0, 1.5, 2.0, 2.0]
+    assert [position for position, _ in second] == [1.5, 2.0, 2.0]
+    assert first[-1][1] == pytest.approx(record.R[1][0], abs=0.01)
+    record.write(tmp_path / "record.json")
+    assert Record.read(tmp_path / "record.json").curves["heavy"][0][0] == 0.5
+
+
+def test_methods_that_need_returns_are_refused_for_data_sets(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["split_mnist", "--method", "single"])
+    assert "single needs returns, which split_mnist does not have" in capsys.readouterr().err
+
+
+def test_a_search_can_have_values_of_its_own():
+    (ewc,) = [entry for entry in PARTS["games"][0].entries if entry.method == "ewc"]
+    assert [job.run.settings["strength"] for job in ewc.search] == [50, 500, 5_000, 50_000]
+    usual = Entry(Part("cartpole"), "ewc").search
+    assert [job.run.settings["strength"] for job in usual] == list(METHODS["ewc"].values)
+
+
+def test_single_task_runs_are_no_rival():
+    def row(method, acc):
+        return Row(method, [replace(RECORD, method=method, ACC=acc)])
+
+    said = verdict([row("single", 100.0), row("finetune", 50.0), row("blip", 90.0)], "")
+    assert said == "BLIP is ahead of all others, by 40.00 points of the next, fine-tuning."
+
+
+RECORD = Record(
+    stream="minatar", method="blip", settings={}, seed=0, tasks=1, epochs=1, ACC=0.0, BWT=None, FWT=None,
+    R=[[0.0]], used_capacity=[], bytes_per_parameter=0.0, seconds=0.0, machine="", torch_version="",
+)  # fmt: skip
