@@ -95,8 +95,8 @@ class BLIP(Callback):
     chosen. ``blip/position`` says where in the sequence that was, in tasks.
 
     Args:
-        prior: F_0, the information per input of a layer (see ``fan``) and sample that counts as none. A larger one freezes
-            less. By default chosen at the first boundary, see
+        prior: F_0, the information per input of a layer (see ``fan``) and sample that counts as none. A
+            larger one freezes less. By default chosen at the first boundary, see
             :func:`lightning_blip.defaults.choose_prior`.
         max_bits: N, the most bits of a parameter that can be frozen, 1 to 20.
         rule: ``"exact"``: the posterior precision S_t = S_{t−1} + F_t tells the bits, and the free bits keep

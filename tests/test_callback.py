@@ -128,7 +128,7 @@ def test_the_paper_to_the_letter():
 
 
 def matrices():
-    """Layers with more inputs than outputs, and with fewer: of the second, torch's fan_out is larger still."""
+    """Layers with more inputs than outputs, and with fewer; fan_out as torch counts it is no side of them."""
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.Conv2d(8, 40, 2, groups=2), nn.Flatten(), nn.Linear(40 * 5 * 5, 3)
