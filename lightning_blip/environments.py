@@ -153,8 +153,8 @@ class EnvSequence(TaskSequence[EnvTask]):
     Args:
         environments: Ids that Gymnasium knows, or functions that make an environment, in the order of
             learning.
-        steps_per_task: For how many steps, over all environments, a task is learned: one number, or one a
-            task; rounded up to whole epochs.
+        steps_per_task: For how many steps, over all environments of a process, a task is learned: one number,
+            or one a task; rounded up to whole epochs.
         num_envs: Environments side by side, of each process.
         rollout_steps: Steps of each of them in a rollout.
         updates_per_epoch: Rollouts an epoch.
@@ -241,8 +241,8 @@ class EnvSequence(TaskSequence[EnvTask]):
         shapes = [task.observation_space.shape for task in self.tasks]
         if stage == "fit" and len(set(shapes)) > 1:
             rank_zero_warn(
-                f"Observations have the shapes {shapes}: unless the module takes them all, give them one, by a "
-                "function that makes each environment in a wrapper, such as "
+                f"Observations have the shapes {shapes}: unless the module takes them all, give them one, by "
+                "functions that make the environments in a wrapper, such as "
                 "gymnasium.wrappers.TransformObservation"
             )
 
