@@ -506,13 +506,19 @@ def test_epochs_may_be_cut_short(tmp_path):
     assert Closed.left == 0
 
 
-def test_a_fit_ends_when_its_time_is_up_and_goes_on_later(tmp_path):
+class Stopping(pl.Callback):
+    """Ends a fit as ``max_time`` does, but by its steps."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_a_fit_that_is_stopped_within_an_epoch_goes_on_later(tmp_path):
     Closed.left = 0
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
-    options = {"enable_checkpointing": True, "max_time": {"seconds": 0}}
-    first = fit(sequence(Closed, names=["it"]), agent(1), [saving], **options)
-    assert first.global_step < 24
-    assert Closed.left == 0
+    tasks = partial(sequence, Closed, names=["it"])
+    first = fit(tasks(), agent(1), [saving, Stopping()], enable_checkpointing=True)
+    assert (first.global_step, Closed.left) == (5, 0)
     blip = BLIP()
-    fit(sequence(Closed, names=["it"]), agent(1), [blip], ckpt_path=saving.last_model_path)
-    assert blip.tasks_learned == 1
+    second = fit(tasks(), agent(1), [blip], ckpt_path=saving.last_model_path)
+    assert (second.global_step, blip.tasks_learned) == (24, 1)
