@@ -307,8 +307,10 @@ class _EpochOfRollouts:
 
     def state_dict(self) -> dict[tuple[int, ...], dict[str, Any]]:
         """By the key of each process, the actions taken so far, and what was made of the last rollout."""
-        targets = {name: value.cpu() for name, value in self._state.targets.items()}
-        return dict(processes.gathered((self._key, vars(replace(self._state, targets=targets)))))
+        done = self._state
+        targets = {name: value.cpu() for name, value in done.targets.items()}
+        saved = replace(done, actions=list(done.actions), targets=targets)
+        return dict(processes.gathered((self._key, vars(saved))))
 
     def load_state_dict(self, state_dict: dict[tuple[int, ...], dict[str, Any]]) -> None:
         """Goes on where a loader of the same epoch and process was; one of another begins."""
