@@ -153,8 +153,8 @@ class EnvSequence(TaskSequence[EnvTask]):
     Args:
         environments: Ids that Gymnasium knows, or functions that make an environment, in the order of
             learning.
-        steps_per_task: For how many steps, over all environments, a task is learned: one number, or one a
-            task; rounded up to whole epochs.
+        steps_per_task: For how many steps, over all environments of a process, a task is learned: one number,
+            or one a task; rounded up to whole epochs.
         num_envs: Environments side by side, of each process.
         rollout_steps: Steps of each of them in a rollout.
         updates_per_epoch: Rollouts an epoch.
@@ -241,8 +241,8 @@ class EnvSequence(TaskSequence[EnvTask]):
         shapes = [task.observation_space.shape for task in self.tasks]
         if stage == "fit" and len(set(shapes)) > 1:
             rank_zero_warn(
-                f"Observations have the shapes {shapes}: unless the module takes them all, give them one, by a "
-                "function that makes each environment in a wrapper, such as "
+                f"Observations have the shapes {shapes}: unless the module takes them all, give them one, by "
+                "functions that make the environments in a wrapper, such as "
                 "gymnasium.wrappers.TransformObservation"
             )
 
@@ -307,8 +307,10 @@ class _EpochOfRollouts:
 
     def state_dict(self) -> dict[tuple[int, ...], dict[str, Any]]:
         """By the key of each process, the actions taken so far, and what was made of the last rollout."""
-        targets = {name: value.cpu() for name, value in self._state.targets.items()}
-        return dict(processes.gathered((self._key, vars(replace(self._state, targets=targets)))))
+        done = self._state
+        targets = {name: value.cpu() for name, value in done.targets.items()}
+        saved = replace(done, actions=list(done.actions), targets=targets)
+        return dict(processes.gathered((self._key, vars(saved))))
 
     def load_state_dict(self, state_dict: dict[tuple[int, ...], dict[str, Any]]) -> None:
         """Goes on where a loader of the same epoch and process was; one of another begins."""

@@ -398,7 +398,7 @@ def test_the_wrapper_that_is_named_helps():
 
     module = PPO(nn.Linear(10, 8), 8, [2])
     fit(sequence(lambda: FlattenObservation(Shown(PARTS, show)), names=["flat"]), module)
-    assert module.trainer.global_step == 48
+    assert module.trainer.global_step == 24
 
 
 def test_numbered_observations_are_learned_from():
@@ -424,18 +424,17 @@ def test_several_actions_at_once_are_learned(space):
         drawn = torch.distributions.Categorical(logits=output.unflatten(-1, (2, 2)))
         return torch.distributions.Independent(drawn, 1)
 
-    module, blip = agent(1), BLIP(likelihood=policy)
-    module = PPO(nn.Linear(3, 8), 8, [4])
+    module, blip = PPO(nn.Linear(3, 8), 8, [4]), BLIP(likelihood=policy)
     module.policy = policy
     fit(sequence(partial(Pressing, space), steps_per_task=64, names=["pressing"]), module, [blip])
-    assert module.trainer.global_step == 24
+    assert module.trainer.global_step == 12
     assert blip.report["blip/information_gain"] > 0
 
 
 def test_observations_of_different_shapes_are_told_of():
     make = partial(Shown, Box(0, 9, (4,)), lambda time: np.full(4, time, np.float32))
     tasks = sequence(Counting, make)
-    with pytest.warns(UserWarning, match=r"shapes \[\(3,\), \(4,\)\]: unless .* TransformObservation"):
+    with pytest.warns(UserWarning, match=r"shapes \[\(3,\), \(4,\)\]: unless .*TransformObservation"):
         _attached(tasks, agent()).setup("fit")
 
 
@@ -497,22 +496,29 @@ def test_environments_are_closed_when_a_fit_fails(options):
     assert Closed.left == 0
 
 
-def test_epochs_may_be_cut_short():
+def test_epochs_may_be_cut_short(tmp_path):
     Closed.left = 0
     blip, curves = BLIP(), ForgettingCurves("val_return")
-    trainer = fit(sequence(Closed, names=["it"]), agent(1), [blip, curves], limit_train_batches=5)
+    options = {"limit_train_batches": 5, "default_root_dir": tmp_path}
+    trainer = fit(sequence(Closed, names=["it"]), agent(1), [blip, curves], **options)
     assert (trainer.global_step, blip.tasks_learned) == (10, 1)
     assert curves.matrix.isfinite().all()
     assert Closed.left == 0
 
 
-def test_a_fit_ends_when_its_time_is_up_and_goes_on_later(tmp_path):
+class Stopping(pl.Callback):
+    """Ends a fit as ``max_time`` does, but by its steps."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_a_fit_that_is_stopped_within_an_epoch_goes_on_later(tmp_path):
     Closed.left = 0
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
-    options = {"enable_checkpointing": True, "max_time": {"seconds": 0}}
-    first = fit(sequence(Closed, names=["it"]), agent(1), [saving], **options)
-    assert first.global_step < 24
-    assert Closed.left == 0
+    tasks = partial(sequence, Closed, names=["it"])
+    first = fit(tasks(), agent(1), [saving, Stopping()], enable_checkpointing=True)
+    assert (first.global_step, Closed.left) == (5, 0)
     blip = BLIP()
-    fit(sequence(Closed, names=["it"]), agent(1), [blip], ckpt_path=saving.last_model_path)
-    assert blip.tasks_learned == 1
+    second = fit(tasks(), agent(1), [blip], ckpt_path=saving.last_model_path)
+    assert (second.global_step, blip.tasks_learned) == (24, 1)
