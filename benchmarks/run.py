@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from benchmarks.agents import KeepAgents
 from benchmarks.games import GAMES, Games
 from benchmarks.joint import learn_jointly
 from benchmarks.machine import machine
@@ -228,6 +229,8 @@ class Run:
         callbacks = [watch.method, watch.curves, watch]
         if unfinished is not None:
             callbacks.append(_after_each_task(unfinished, self.protocol.epochs))
+            if isinstance(self.protocol, Games):
+                callbacks.append(KeepAgents(unfinished.with_suffix(""), self.protocol))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = quiet_trainer(
                 callbacks,
