@@ -77,6 +77,12 @@ class Row:
         return statistics.mean(record.ACC for record in self.records)
 
     @property
+    def curves(self) -> dict[str, NDArray[np.float64]]:
+        """Of each game (2, points): where it was scored, and the mean score over the seeds."""
+        games = self.records[0].curves
+        return {name: np.mean([record.curves[name] for record in self.records], axis=0).T for name in games}
+
+    @property
     def matrix(self) -> NDArray[np.float64]:
         """R, its mean over the seeds, without the scores on tasks that were still to come."""
         R = np.mean([np.array(record.R, dtype=float) for record in self.records], axis=0)
@@ -201,9 +207,25 @@ def section(part: Part, folder: Path, pictures: Path) -> str:
         markdown_table(header, [row.cells() for row in rows]),
         verdict(rows, part.behind),
         f"![{part.stream}](../docs/results/{name}.png)",
+        *_of_games(rows, pictures / f"{name}-curves.png"),
         _searches(part, folder),
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _of_games(rows: Sequence[Row], path: Path) -> list[str]:
+    """What single-task runs come to, and the picture of what each method does over the whole training."""
+    lines = []
+    for row in rows:
+        if row.method == "single":
+            returns = np.array([record.ceilings for record in row.records]) * row.matrix[-1] / 100
+            each = [f"{game} {spread(list(of))}" for game, of in zip(row.curves, returns.T, strict=True)]
+            lines.append(f"Returns of the single-task runs: {', '.join(each)}.")
+    players = [row for row in rows if row.curves and row.method not in _CEILINGS]
+    if players:
+        draw_curves(players, path)
+        lines.append(f"![return of each game over the training](../docs/results/{path.name})")
+    return lines
 
 
 def table(name: str, folder: Path, pictures: Path) -> str:
@@ -308,21 +330,49 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """A picture: the score on each game, averaged over seeds, while it and the later ones are learned.
+
+    Args:
+        rows: The methods.
+        path: Of the file.
+    """
+    games = list(rows[0].curves)
+    figure = Figure(figsize=(16, 3.2), layout="constrained")
+    for axes, game in zip(
+        figure.subplots(1, len(games), sharey=True, squeeze=False).flat, games, strict=True
+    ):
+        for row in rows:
+            position, score = row.curves[game]
+            axes.plot(position, score, color=_colour(row), linewidth=_width(row), label=row.title)
+        axes.axhline(100, color="0.3", linestyle="--", linewidth=1)
+        axes.set(title=game, xlabel="tasks learned", xlim=(0, len(games)))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("return, % of the single-task run's")
+    figure.axes[-1].legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=100)
+
+
+def _colour(row: Row) -> str:
+    return _COLOURS[list(METHODS).index(row.method) % len(_COLOURS)]
+
+
+def _width(row: Row) -> float:
+    return 2.5 if row.method in _BASES else 1.3
+
+
 def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
-    names = list(METHODS)
     for row in rows:
-        colour, title = _COLOURS[names.index(row.method) % len(_COLOURS)], row.title
         if row.method in _CEILINGS:
-            axes.axhline(row.acc, color="0.3", linestyle="--", linewidth=1, label=title)
+            axes.axhline(row.acc, color="0.3", linestyle="--", linewidth=1, label=row.title)
             continue
-        ours = row.method in _BASES
         axes.plot(
             range(1, len(row.matrix) + 1),
             np.nanmean(row.matrix, axis=1),
-            color=colour,
-            linewidth=2.5 if ours else 1.3,
-            marker="o" if ours else ".",
-            label=title,
+            color=_colour(row),
+            linewidth=_width(row),
+            marker="o" if row.method in _BASES else ".",
+            label=row.title,
         )
     axes.set(xlabel="tasks learned", ylabel="average score on them, %")
     axes.locator_params(axis="x", integer=True)

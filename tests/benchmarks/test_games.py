@@ -11,7 +11,7 @@ from benchmarks.games import GAMES
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
 from benchmarks.record import Record
-from benchmarks.results import Row, verdict
+from benchmarks.results import Row, section, verdict
 
 
 def quiet(*_):
@@ -104,6 +104,28 @@ def test_a_search_can_have_values_of_its_own():
     assert [job.run.settings["strength"] for job in ewc.search] == [50, 500, 5_000, 50_000]
     usual = Entry(Part("cartpole"), "ewc").search
     assert [job.run.settings["strength"] for job in usual] == list(METHODS["ewc"].values)
+
+
+def test_the_results_show_single_task_returns_and_a_curve_a_game(tmp_path):
+    part = Part("cartpole", seeds=2, methods=("single", "finetune", "blip"))
+    for entry in part.entries:
+        for job in entry.seeds_of_best(tmp_path):
+            R = [[None] * 3, [None] * 3, [50.0, 60.0, 70.0]]
+            curves = {name: [(0.5, 10.0 + job.seed), (1.0, 90.0)] for name in ("heavy", "reversed", "light")}
+            record = replace(
+                RECORD, stream="cartpole", method=entry.method, seed=job.seed, tasks=3, R=R, ACC=60.0,
+                ceilings=[500.0 + 100 * job.seed] * 3, curves=curves,
+            )  # fmt: skip
+            record.write(job.path(tmp_path))
+    text = section(part, tmp_path, tmp_path)
+    said = "Returns of the single-task runs: heavy 275.00 ± 35.36, reversed 330.00 ± 42.43, light 385.00 ±"
+    assert said in text
+    assert "![return of each game over the training](../docs/results/cartpole-curves.png)" in text
+    assert (tmp_path / "cartpole-curves.png").stat().st_size > 10_000
+    row = Row(
+        "blip", [Record.read(job.path(tmp_path)) for job in Entry(part, "blip").seeds_of_best(tmp_path)]
+    )
+    assert row.curves["heavy"].tolist() == [[0.5, 1.0], [10.5, 90.0]]
 
 
 def test_single_task_runs_are_no_rival():
