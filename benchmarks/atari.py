@@ -8,30 +8,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import ale_py  # noqa: F401
 import gymnasium
-import numpy as np
 import pytorch_lightning as pl
 from gymnasium.vector import AutoresetMode
-from matplotlib.animation import FFMpegWriter, PillowWriter
-from matplotlib.figure import Figure
-from torch import Tensor
+from matplotlib.animation import FFMpegWriter
 
 from benchmarks.agents import read_agents
+from benchmarks.film import draw, play
 from benchmarks.games import GAMES, Games
 from benchmarks.machine import machine
-from benchmarks.ppo import PPO
 from benchmarks.trainer import quiet_trainer
-from lightning_blip import BLIP, EnvSequence
+from lightning_blip import BLIP
 from lightning_blip.boundaries import sequence
-from lightning_blip.environments import Episodes, EnvTask
-from lightning_blip.heads import task_heads
+from lightning_blip.environments import EnvTask
 
 _ATARI = GAMES["atari6"]
-# What a cell of the film is called, and holds at most.
-_PIXELS = 200
 
 
 def speed(names: Sequence[str], steps: int) -> list[str]:
@@ -49,7 +42,7 @@ def speed(names: Sequence[str], steps: int) -> list[str]:
         A line each for the emulators alone with random actions, for rollouts, in which the agent acts, and
         for whole training, rollouts included, evaluation and boundaries not.
     """
-    games = _short(names, steps)
+    games = short(names, steps)
     alone = {name: _emulators(games, name) for name in names}
     watch = _Stopwatch()
     # Without evaluation, in which the length of an episode decides.
@@ -66,7 +59,7 @@ def speed(names: Sequence[str], steps: int) -> list[str]:
     ]
 
 
-def _short(names: Sequence[str], steps: int) -> Games:
+def short(names: Sequence[str], steps: int) -> Games:
     """The paper's stream, of some games and in so many steps each."""
     options = dict(_ATARI.options)
     options["rollout_steps"] = min(options["rollout_steps"], steps // options["num_envs"])
@@ -126,105 +119,6 @@ def _rates(seconds: Mapping[str, float], steps: int) -> str:
     return f"{steps * len(seconds) / sum(seconds.values()):,.0f} environment steps a second ({each})"
 
 
-class Scene(NamedTuple):
-    """An episode: the sum of its rewards, and what there was to see at each of its first steps."""
-
-    paid: float
-    screens: list[Any]
-
-
-def play(agent: PPO, stream: EnvSequence, task: int, steps: int) -> Scene:
-    """Plays the first of the episodes that a task is evaluated on.
-
-    Args:
-        agent: Which plays.
-        stream: The stream that it learned.
-        task: The task's index.
-        steps: How many of the episode's steps are shown at most.
-
-    Returns:
-        The episode.
-    """
-    for heads in task_heads(agent):
-        heads.active = task
-    (evaluation,) = stream.test_dataloader()[task]
-    player = _Player(agent)
-    paid = Episodes(evaluation.environment, 1, evaluation.seed).play(player)
-    return Scene(paid.item(), _screens(evaluation.environment, evaluation.seed, player.actions[:steps]))
-
-
-class _Player:
-    """An agent that notes what it does."""
-
-    def __init__(self, agent: PPO) -> None:
-        self.agent = agent
-        self.device = agent.device
-        self.actions: list[int] = []
-
-    def act(self, observations: Tensor, explore: bool) -> dict[str, Tensor]:
-        decisions = self.agent.act(observations, explore)
-        self.actions.append(int(decisions["actions"]))
-        return decisions
-
-
-def _screens(environment: Any, seed: int, actions: Sequence[int]) -> list[Any]:
-    """What a viewer sees before each action: the same episode once more, in colours."""
-    if isinstance(environment, str) and environment.startswith("ALE/"):
-        # Of the emulator that the agent plays: another would draw other random numbers.
-        colours: Any = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-        same_step = AutoresetMode.SAME_STEP
-        envs = gymnasium.make_vec(environment, 1, autoreset_mode=same_step, **colours)
-        screens = [envs.reset(seed=seed)[0]]
-        screens += [envs.step(np.array([action]))[0] for action in actions[:-1]]
-        envs.close()
-        return [screen[0, 0] for screen in screens]
-    if isinstance(environment, str):
-        env = gymnasium.make(environment, render_mode="rgb_array")
-    else:
-        env = environment(render_mode="rgb_array")
-    env.reset(seed=seed)
-    screens = []
-    for action in actions:
-        screen: Any = env.render()
-        screens.append(screen[:: 1 + len(screen) // _PIXELS, :: 1 + len(screen) // _PIXELS])
-        env.step(action)
-    env.close()
-    return screens
-
-
-def film(names: Sequence[str], rows: Sequence[Sequence[Scene]], path: Path, fps: int) -> None:
-    """Draws a grid of games (columns) after each task (rows), each step a frame; ended episodes stand still.
-
-    Args:
-        names: Of the games.
-        rows: After each task the scenes of the games learned by then.
-        path: The film, ``.gif`` or ``.mp4``.
-        fps: Frames a second.
-    """
-    figure = Figure(figsize=(1.8 * len(names) + 0.4, 2.2 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(names), squeeze=False)
-    pictures = []
-    for name, column in zip(names, axes.T, strict=True):
-        column[0].set_title(name, fontsize=10)
-        for axis in column:
-            axis.axis("off")
-    for name, row, scenes in zip(names, axes, rows, strict=False):
-        row[0].set_ylabel(f"after {name}")
-        for axis, scene in zip(row, scenes, strict=False):
-            axis.axis("on")
-            axis.set(xticks=[], yticks=[], xlabel=f"{scene.paid:,.0f}")
-            pictures.append((axis.imshow(scene.screens[0]), scene.screens))
-    # The layout of the first frame is that of all.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    writer = FFMpegWriter(fps) if path.suffix == ".mp4" else PillowWriter(fps)
-    with writer.saving(figure, path, dpi=100):
-        for step in range(max(len(screens) for _, screens in pictures)):
-            for picture, screens in pictures:
-                picture.set_data(screens[min(step, len(screens) - 1)])
-            writer.grab_frame()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.atari", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -262,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         [play(agent, stream, task, steps) for task in range(after + 1)] for after, agent in enumerate(agents)
     ]
-    film([task.name for task in stream], rows, options.out, options.fps)
+    draw([task.name for task in stream], rows, options.out, options.fps)
     print(f"Wrote {options.out}")
 
 
