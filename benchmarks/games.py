@@ -25,7 +25,7 @@ class Games:
     Attributes:
         name: Of the stream.
         description: In one line.
-        environments: What makes them, by the names of the tasks.
+        environments: What makes them, by the names of the tasks: ids, or functions of a ``render_mode``.
         actions: How many each of them has.
         body: Makes the network without its heads, and says how many features it has.
         agent: Arguments of PPO.
@@ -104,9 +104,9 @@ def _of_length(name: str, tasks: int, epochs: int) -> Games:
     return replace(GAMES[name], tasks=tasks, epochs=epochs)
 
 
-def cartpole(**physics: float) -> gymnasium.Env[Any, Any]:
+def cartpole(render_mode: str | None = None, **physics: float) -> gymnasium.Env[Any, Any]:
     """CartPole-v1 with other physics, such as ``gravity``, ``length`` or ``force_mag``."""
-    environment = gymnasium.make("CartPole-v1")
+    environment = gymnasium.make("CartPole-v1", render_mode=render_mode)
     cart: Any = environment.unwrapped
     for name, value in physics.items():
         setattr(cart, name, value)
@@ -118,9 +118,11 @@ def cartpole(**physics: float) -> gymnasium.Env[Any, Any]:
 _CHANNELS = 10
 
 
-def minatar(game: str) -> gymnasium.Env[Any, Any]:
+def minatar(game: str, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
     """A game of MinAtar, its channels first and filled up to ten, ended after 2,500 steps as Freeway is."""
-    environment = gymnasium.make(f"MinAtar/{game}-v1", max_episode_steps=2_500, disable_env_checker=True)
+    environment = gymnasium.make(
+        f"MinAtar/{game}-v1", max_episode_steps=2_500, disable_env_checker=True, render_mode=render_mode
+    )
     space = gymnasium.spaces.Box(0, 1, (_CHANNELS, 10, 10), np.uint8)
     return TransformObservation(environment, _channels_first, space)
 
@@ -217,7 +219,7 @@ GAMES = {
             validate_every=2,
         ),
         Games(
-            "atari",
+            "atari6",
             "KungFuMaster, Boxing, Jamesbond, Krull, Riverraid and SpaceInvaders, a head each, three "
             "convolutions and 1,024 hidden units, PPO, 10 M steps a game",
             environments={name: f"ALE/{name}-v5" for name in _ATARI},

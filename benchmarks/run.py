@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from benchmarks.agents import KeepAgents
 from benchmarks.games import GAMES, Games
 from benchmarks.joint import learn_jointly
 from benchmarks.machine import machine
@@ -230,6 +231,8 @@ class Run:
             # An epoch of a game may take as long as a whole task.
             every = 1 if isinstance(self.protocol, Games) else self.protocol.epochs
             callbacks.append(_saves(unfinished, every))
+            if isinstance(self.protocol, Games):
+                callbacks.append(KeepAgents(unfinished.with_suffix(""), self.protocol))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = quiet_trainer(
                 callbacks,

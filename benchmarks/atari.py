@@ -1,0 +1,164 @@
+"""How quickly Atari's games are played and learned, and a film of what the agents of a run do in theirs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ale_py  # noqa: F401
+import gymnasium
+import pytorch_lightning as pl
+from gymnasium.vector import AutoresetMode
+from matplotlib.animation import FFMpegWriter
+
+from benchmarks.agents import read_agents
+from benchmarks.film import draw, play
+from benchmarks.games import GAMES, Games
+from benchmarks.machine import machine
+from benchmarks.trainer import quiet_trainer
+from lightning_blip import BLIP
+from lightning_blip.boundaries import sequence
+from lightning_blip.environments import EnvTask
+
+_ATARI = GAMES["atari6"]
+
+
+def speed(names: Sequence[str], steps: int) -> list[str]:
+    """Measures the paper's setting: 16 environments, rollouts of 125 steps, its network, PPO and BLIP.
+
+    A step is four frames of the emulator and a forward pass of 32 MFLOP, which acts. Training goes over each
+    step four times, forward and backward, which makes 13 forward passes a step, 0.42 GFLOP: 1,500 steps a
+    second would be 0.63 TFLOP a second.
+
+    Args:
+        names: Of the games.
+        steps: Of each game and measurement, over all environments, 16 at least.
+
+    Returns:
+        A line each for the emulators alone with random actions, for rollouts, in which the agent acts, and
+        for whole training, rollouts included, evaluation and boundaries not.
+    """
+    games = short(names, steps)
+    alone = {name: _emulators(games, name) for name in names}
+    watch = _Stopwatch()
+    # Without evaluation, in which the length of an episode decides.
+    trainer = quiet_trainer([watch, BLIP()], num_sanity_val_steps=0, limit_val_batches=0)
+    trainer.fit(games.module(), datamodule=games.stream(Path(), seed=0))
+    on = f"{machine()} of torch, {os.cpu_count()} of the emulators"
+    return [
+        f"{what}: {_rates(seconds, _steps(games))}; {on}"
+        for what, seconds in (
+            ("emulators alone, random actions", alone),
+            ("rollouts, the agent acting", watch.rollouts),
+            ("whole training", watch.training),
+        )
+    ]
+
+
+def short(names: Sequence[str], steps: int) -> Games:
+    """The paper's stream, of some games and in so many steps each."""
+    options = dict(_ATARI.options)
+    options["rollout_steps"] = min(options["rollout_steps"], steps // options["num_envs"])
+    options["updates_per_epoch"] = steps // (options["num_envs"] * options["rollout_steps"])
+    actions = dict(zip(_ATARI.environments, _ATARI.actions, strict=True))
+    return replace(
+        _ATARI,
+        environments={name: _ATARI.environments[name] for name in names},
+        actions=tuple(actions[name] for name in names),
+        options=options,
+        tasks=len(names),
+        epochs=1,
+    )
+
+
+def _steps(games: Games) -> int:
+    options = games.options
+    return options["num_envs"] * options["rollout_steps"] * options["updates_per_epoch"]
+
+
+def _emulators(games: Games, name: str) -> float:
+    """The seconds that the emulators of a game take by themselves."""
+    count = games.options["num_envs"]
+    envs = gymnasium.make_vec(games.environments[name], count, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    begun = time.perf_counter()
+    for _ in range(_steps(games) // count):
+        envs.step(envs.action_space.sample())
+    seconds = time.perf_counter() - begun
+    envs.close()
+    return seconds
+
+
+class _Stopwatch(pl.Callback):
+    """Takes the time of a task's training, and before it that of as many steps in rollouts alone."""
+
+    def __init__(self) -> None:
+        self.rollouts: dict[str, float] = {}
+        self.training: dict[str, float] = {}
+        self._begun = 0.0
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: EnvTask) -> None:
+        begun = time.perf_counter()
+        for _ in sequence(trainer).task_dataloader():
+            pass
+        self._begun = time.perf_counter()
+        self.rollouts[task.name] = self._begun - begun
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: EnvTask) -> None:
+        self.training[task.name] = time.perf_counter() - self._begun
+
+
+def _rates(seconds: Mapping[str, float], steps: int) -> str:
+    """Over all games, and of each."""
+    each = ", ".join(f"{name} {steps / taken:,.0f}" for name, taken in seconds.items())
+    return f"{steps * len(seconds) / sum(seconds.values()):,.0f} environment steps a second ({each})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.atari", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    quick = commands.add_parser("speed", help="environment steps a second, on the CPU")
+    games = list(_ATARI.environments)
+    quick.add_argument("--games", nargs="+", choices=games, default=games, metavar="GAME", help=str(games))
+    quick.add_argument("--steps", type=int, default=4_000, help="of each game and measurement")
+    shown = commands.add_parser("render", help="a film of each game after each task")
+    shown.add_argument("folder", type=Path, metavar="RUN_DIR", help="what benchmarks.run had as --out")
+    shown.add_argument("--run", help="a record's name without its suffix, if there are agents of several")
+    shown.add_argument("--out", type=Path, required=True, help="the film, .gif or .mp4")
+    shown.add_argument("--seconds", type=float, default=10.0, help="how long the film is at most")
+    shown.add_argument("--fps", type=int, default=15, help="frames, and steps of the agent, a second")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the speeds, or draws the film."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "speed":
+        if options.steps < _ATARI.options["num_envs"]:
+            parser.error(f"--steps {options.steps} must be at least {_ATARI.options['num_envs']}, one each")
+        print("\n".join(speed(options.games, options.steps)))
+        return
+    if options.out.suffix not in (".gif", ".mp4"):
+        parser.error(f"--out {options.out} must end in .gif or .mp4")
+    if options.out.suffix == ".mp4" and not FFMpegWriter.isAvailable():
+        parser.error(f"--out {options.out} needs ffmpeg: apt-get install ffmpeg, or give a .gif")
+    try:
+        stream, agents = read_agents(options.folder, options.run)
+    except ValueError as error:
+        parser.error(str(error))
+    steps = int(options.fps * options.seconds)
+    rows = [
+        [play(agent, stream, task, steps) for task in range(after + 1)] for after, agent in enumerate(agents)
+    ]
+    draw([task.name for task in stream], rows, options.out, options.fps)
+    print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
