@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
@@ -37,7 +38,7 @@ class KeepAgents(pl.Callback):
             {
                 "stream": self.games.name,
                 "tasks": self.games.tasks,
-                "seed": sequence(trainer).seed,
+                "seed": cast(EnvSequence, sequence(trainer)).seed,
                 "weights": pl_module.state_dict(),
             },
             self.stem.with_name(f"{self.stem.name}-after{task.index}.pt"),

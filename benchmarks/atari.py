@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         [play(agent, stream, task, steps) for task in range(after + 1)] for after, agent in enumerate(agents)
     ]
-    draw([task.name for task in stream], rows, options.out, options.fps)
+    draw([task.name for task in stream.tasks], rows, options.out, options.fps)
     print(f"Wrote {options.out}")
 
 
