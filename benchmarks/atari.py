@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import ale_py  # noqa: F401
 import gymnasium
@@ -20,14 +21,14 @@ from benchmarks.film import draw, play
 from benchmarks.games import GAMES, Games
 from benchmarks.machine import machine
 from benchmarks.trainer import quiet_trainer
-from lightning_blip import BLIP
+from lightning_blip import BLIP, EnvSequence
 from lightning_blip.boundaries import sequence
 from lightning_blip.environments import EnvTask
 
 _ATARI = GAMES["atari6"]
 
 
-def speed(names: Sequence[str], steps: int) -> list[str]:
+def speed(names: Sequence[str], steps: int, precision: Any = "32-true") -> list[str]:
     """Measures the paper's setting: 16 environments, rollouts of 125 steps, its network, PPO and BLIP.
 
     A step is four frames of the emulator and a forward pass of 32 MFLOP, which acts. Training goes over each
@@ -37,18 +38,22 @@ def speed(names: Sequence[str], steps: int) -> list[str]:
     Args:
         names: Of the games.
         steps: Of each game and measurement, over all environments, 16 at least.
+        precision: Of the Trainer.
 
     Returns:
         A line each for the emulators alone with random actions, for rollouts, in which the agent acts, and
-        for whole training, rollouts included, evaluation and boundaries not.
+        for whole training, rollouts included, evaluation and boundaries not. Each begins after a first
+        rollout: a task's environments, which are made in between, take a second.
     """
     games = short(names, steps)
     alone = {name: _emulators(games, name) for name in names}
     watch = _Stopwatch()
+    longer = {**games.options, "updates_per_epoch": games.options["updates_per_epoch"] + 1}
+    begun = replace(games, options=longer)
     # Without evaluation, in which the length of an episode decides.
-    trainer = quiet_trainer([watch, BLIP()], num_sanity_val_steps=0, limit_val_batches=0)
-    trainer.fit(games.module(), datamodule=games.stream(Path(), seed=0))
-    on = f"{machine()} of torch, {os.cpu_count()} of the emulators"
+    trainer = quiet_trainer([watch, BLIP()], num_sanity_val_steps=0, limit_val_batches=0, precision=precision)
+    trainer.fit(begun.module(), datamodule=begun.stream(Path(), seed=0))
+    on = f"{machine()} of torch, {os.cpu_count()} of the emulators, {precision}"
     return [
         f"{what}: {_rates(seconds, _steps(games))}; {on}"
         for what, seconds in (
@@ -95,7 +100,7 @@ def _emulators(games: Games, name: str) -> float:
 
 
 class _Stopwatch(pl.Callback):
-    """Takes the time of a task's training, and before it that of as many steps in rollouts alone."""
+    """Takes the time of all rollouts of a task but the first: with training, and before it without."""
 
     def __init__(self) -> None:
         self.rollouts: dict[str, float] = {}
@@ -103,14 +108,22 @@ class _Stopwatch(pl.Callback):
         self._begun = 0.0
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: EnvTask) -> None:
+        observed = iter(sequence(trainer).task_dataloader())
+        next(observed)
         begun = time.perf_counter()
-        for _ in sequence(trainer).task_dataloader():
+        for _ in observed:
             pass
-        self._begun = time.perf_counter()
-        self.rollouts[task.name] = self._begun - begun
+        self.rollouts[task.name] = time.perf_counter() - begun
 
-    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: EnvTask) -> None:
-        self.training[task.name] = time.perf_counter() - self._begun
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        tasks = cast(EnvSequence, sequence(trainer))
+        of_a_rollout = int(trainer.num_training_batches) // tasks.updates_per_epoch
+        if batch_idx == 0:
+            self._begun = time.perf_counter()
+        elif batch_idx == of_a_rollout * (tasks.updates_per_epoch - 1):  # the last rollout was just made
+            self.training[tasks.task.name] = time.perf_counter() - self._begun
 
 
 def _rates(seconds: Mapping[str, float], steps: int) -> str:
@@ -126,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     games = list(_ATARI.environments)
     quick.add_argument("--games", nargs="+", choices=games, default=games, metavar="GAME", help=str(games))
     quick.add_argument("--steps", type=int, default=4_000, help="of each game and measurement")
+    quick.add_argument(
+        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of the Trainer"
+    )
     shown = commands.add_parser("render", help="a film of each game after each task")
     shown.add_argument("folder", type=Path, metavar="RUN_DIR", help="what benchmarks.run had as --out")
     shown.add_argument("--run", help="a record's name without its suffix, if there are agents of several")
@@ -142,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "speed":
         if options.steps < _ATARI.options["num_envs"]:
             parser.error(f"--steps {options.steps} must be at least {_ATARI.options['num_envs']}, one each")
-        print("\n".join(speed(options.games, options.steps)))
+        print("\n".join(speed(options.games, options.steps, options.precision)))
         return
     if options.out.suffix not in (".gif", ".mp4"):
         parser.error(f"--out {options.out} must end in .gif or .mp4")

@@ -85,18 +85,18 @@ class PPO(pl.LightningModule):
 
     def forward(self, observations: Tensor) -> Tensor:
         """What gives the policy: logits, or means and logarithms of deviations."""
-        output: Tensor = self.head(self.body(observations))
+        output: Tensor = self.head(self.body(observations)).float()
         return output
 
     def act(self, observations: Tensor, explore: bool) -> dict[str, Tensor]:
         """Draws an action, or takes the most probable one; keeps its probability and what the critic said."""
         features = self.body(observations)
-        policy = self.policy(self.head(features))
+        policy = self.policy(self.head(features).float())
         actions = policy.sample() if explore else policy.mode
         return {
             "actions": actions,
             "log_probs": policy.log_prob(actions),
-            "values": self.critic(features).squeeze(-1),
+            "values": self._values(features),
         }
 
     @torch.no_grad()
@@ -104,10 +104,15 @@ class PPO(pl.LightningModule):
         """Adds advantages and returns; where an episode's time was up, the critic says what was to come."""
         rewards = self.reward_scale * rollout.rewards
         if len(rollout.cut):
-            rewards[tuple(rollout.cut.T)] += self.discount * self._value(rollout.after_cut)
+            rewards[tuple(rollout.cut.T)] += self.discount * self._values(self.body(rollout.after_cut))
         values = rollout.decisions["values"]
         advantages = advantage(
-            rewards, values, rollout.ended, self._value(rollout.following), self.discount, self.trace
+            rewards,
+            values,
+            rollout.ended,
+            self._values(self.body(rollout.following)),
+            self.discount,
+            self.trace,
         )
         return {**rollout.decisions, "advantages": advantages, "returns": advantages + values}
 
@@ -115,7 +120,7 @@ class PPO(pl.LightningModule):
         """The clipped losses of policy and critic, and the policy's entropy."""
         observations, old = batch
         features = self.body(observations)
-        policy, values = self.policy(self.head(features)), self.critic(features).squeeze(-1)
+        policy, values = self.policy(self.head(features).float()), self._values(features)
         ratio = (policy.log_prob(old["actions"]) - old["log_probs"]).exp()
         near = ratio.clamp(1 - self.clip, 1 + self.clip)
         advantages = old["advantages"]
@@ -146,9 +151,9 @@ class PPO(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _value(self, observations: Tensor) -> Tensor:
-        value: Tensor = self.critic(self.body(observations)).squeeze(-1)
-        return value
+    def _values(self, features: Tensor) -> Tensor:
+        values: Tensor = self.critic(features).squeeze(-1).float()
+        return values
 
 
 def advantage(

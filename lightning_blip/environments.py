@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -299,8 +299,9 @@ class _EpochOfRollouts:
                     if update + 1 == len(done.actions):
                         _check_repeated(rollout, done.following, tasks.task)
                 else:
-                    rollout = players.roll(_acting(tasks.agent), tasks.rollout_steps)
-                    targets = tasks.agent.targets(rollout)
+                    rollout = players.roll(_acting(tasks), tasks.rollout_steps)
+                    with _precision(tasks):
+                        targets = tasks.agent.targets(rollout)
                 state.actions.append(rollout.decisions["actions"].cpu())
                 state.following, state.targets = rollout.following.cpu(), targets
                 yield from self._batches(update, rollout, targets)
@@ -357,7 +358,7 @@ class _Observed:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with closing(self._tasks.players(self._key)) as players:
             for _ in range(self._tasks.updates_per_epoch):
-                rollout = players.roll(_acting(self._tasks.agent), self._tasks.rollout_steps)
+                rollout = players.roll(_acting(self._tasks), self._tasks.rollout_steps)
                 yield rollout.observations.flatten(0, 1), rollout.decisions["actions"].flatten(0, 1)
 
 
@@ -421,12 +422,20 @@ class _Players:
         return torch.tensor(observations, device=self._device)
 
 
-def _acting(agent: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+def _acting(tasks: EnvSequence) -> Callable[[Tensor], dict[str, Tensor]]:
     def decide(observations: Tensor) -> dict[str, Tensor]:
-        decisions: dict[str, Tensor] = agent.act(observations, explore=True)
+        with _precision(tasks):
+            decisions: dict[str, Tensor] = tasks.agent.act(observations, explore=True)
         return decisions
 
     return decide
+
+
+def _precision(tasks: EnvSequence) -> AbstractContextManager[None]:
+    """The Trainer's, as in its steps: probabilities of an older policy are compared with those of a newer."""
+    assert tasks.trainer is not None
+    context: AbstractContextManager[None] = tasks.trainer.precision_plugin.forward_context()
+    return context
 
 
 def _repeating(actions: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:

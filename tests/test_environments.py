@@ -154,6 +154,23 @@ def test_heads_follow_the_task_in_rollouts_and_the_environment_in_evaluation():
     assert [set(result) for result in results] == [{f"test_return/dataloader_idx_{i}"} for i in range(2)]
 
 
+def test_rollouts_are_made_in_the_precision_of_the_training():
+    class Autocast(PPO):
+        found = set()
+
+        def act(self, observations, explore):
+            self.found.add(("act", explore, torch.is_autocast_enabled("cpu")))
+            return super().act(observations, explore)
+
+        def targets(self, rollout):
+            self.found.add(("targets", torch.is_autocast_enabled("cpu")))
+            return super().targets(rollout)
+
+    module = Autocast(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2, 2])
+    fit(sequence(), module, [BLIP()], precision="bf16-mixed")
+    assert Autocast.found == {("act", True, True), ("act", False, True), ("targets", True)}
+
+
 def test_episodes_are_played_to_their_end_and_are_the_same_each_time():
     class Right(PPO):
         def act(self, observations, explore):

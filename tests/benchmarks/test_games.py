@@ -119,7 +119,7 @@ def test_methods_that_need_returns_are_refused_for_data_sets(capsys):
 
 def test_a_search_can_have_values_of_its_own():
     (ewc,) = [entry for entry in PARTS["games"][0].entries if entry.method == "ewc"]
-    assert [job.run.settings["strength"] for job in ewc.search] == [0.5, 5, 50, 5_000]
+    assert [job.run.settings["strength"] for job in ewc.search] == [5_000, 50, 5, 0.5]
     usual = Entry(Part("cartpole"), "ewc").search
     assert [job.run.settings["strength"] for job in usual] == list(METHODS["ewc"].values)
 
