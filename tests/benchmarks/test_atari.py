@@ -1,4 +1,4 @@
-"""Atari's games are learned, quickly enough to be told; what agents were after each task is kept and filmed."""
+"""Games of Atari are learned, and how quickly; what agents were after each task is kept and filmed."""
 
 import re
 from dataclasses import replace
