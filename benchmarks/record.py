@@ -48,7 +48,7 @@ class Record:
     machine: str
     torch_version: str
     ceilings: list[float] | None = None
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Saves the record, whole or not at all."""

@@ -143,8 +143,8 @@ class Run:
             seed: Of all that is random.
             device: ``"cpu"`` or ``"cuda"``.
             report: Is told after each epoch where the run is.
-            unfinished: File that holds, after each task, all that is needed to go on; gone on from if it is
-                there.
+            unfinished: File that holds, after each task, or each epoch of a game, all that is needed to go
+                on; gone on from if it is there.
             ceilings: Of each task the score that counts as 100 %, if the stream does not say.
 
         Returns:
@@ -228,7 +228,9 @@ class Run:
         """R of a network that learns task after task."""
         callbacks = [watch.method, watch.curves, watch]
         if unfinished is not None:
-            callbacks.append(_after_each_task(unfinished, self.protocol.epochs))
+            # An epoch of a game may take as long as a whole task.
+            every = 1 if isinstance(self.protocol, Games) else self.protocol.epochs
+            callbacks.append(_saves(unfinished, every))
             if isinstance(self.protocol, Games):
                 callbacks.append(KeepAgents(unfinished.with_suffix(""), self.protocol))
         with tempfile.TemporaryDirectory() as scratch:
@@ -267,7 +269,7 @@ class _Watch(pl.Callback):
         self.used_capacity: list[float] = []
         self.at_first: list[float] = []  # of each task, before any training
         self.ahead: list[float] = []  # of each task but the first, right before it is learned
-        self.points: dict[str, list[tuple[float, float]]] = {}
+        self.points: dict[str, list[list[float]]] = {}
         self._label = " ".join([*run.label, f"seed={seed}"])
         self._epochs = run.protocol.epochs
         self._follows = isinstance(run.protocol, Games)
@@ -304,7 +306,7 @@ class _Watch(pl.Callback):
         if self._follows:
             for score in self.curves.record(trainer).scores:
                 points = self.points.setdefault(score.task, [])
-                points.append((round(score.position, 4), round(100 * score.score, 2)))
+                points.append([round(score.position, 4), round(100 * score.score, 2)])
 
     def state_dict(self) -> dict[str, Any]:
         names = ("seconds", "used_capacity", "at_first", "ahead")
@@ -315,8 +317,8 @@ class _Watch(pl.Callback):
             setattr(self, name, value)
 
 
-def _after_each_task(path: Path, epochs: int) -> ModelCheckpoint:
-    """Saves all that is needed to go on, in one file that always holds the last task's end."""
+def _saves(path: Path, epochs: int) -> ModelCheckpoint:
+    """Saves all that is needed to go on after so many epochs, always in the same file."""
     return ModelCheckpoint(
         path.parent,
         filename=path.stem,

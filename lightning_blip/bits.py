@@ -30,7 +30,8 @@ def bound(theta: Tensor, fan_in: int | None = None, *, bias: bool = False) -> fl
 
     Args:
         theta: The parameter's values at the start of training.
-        fan_in: Inputs of each output of the Linear or Conv layer that owns it; None for any other parameter.
+        fan_in: Inputs of each output of the Linear or Conv layer that owns it, or whatever counts as that;
+            None for any other parameter.
         bias: Whether it is the bias of such a layer.
 
     Returns:

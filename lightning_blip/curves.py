@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from math import isfinite
@@ -50,18 +51,31 @@ class ForgettingCurves(Callback):
         metric: What the module logs in ``validation_step``; higher is better.
         log_frozen_state: Whether Weights & Biases gets what BLIP has frozen, when the fit ends, as an
             artifact.
+        ceilings: For each task the score that counts as 1, such as what a network reaches that learned it
+            alone: scores are divided by them before they are logged, kept or drawn, so that tasks of
+            different scales, as games are, can be compared and averaged. None leaves them as they are.
 
     Raises:
-        ValueError: In a fit, if the module does not log the metric, or there is no sequence of tasks.
+        ValueError: If a ceiling is not positive. In a fit, if the module does not log the metric, there is no
+            sequence of tasks, or not one ceiling for each of them; in a resumed one, if scores were divided
+            by others before.
 
     Example:
         >>> curves = ForgettingCurves("val_acc")
         >>> trainer = pl.Trainer(callbacks=[curves], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, metric: str = "val_acc", log_frozen_state: bool = False) -> None:
+    def __init__(
+        self,
+        metric: str = "val_acc",
+        log_frozen_state: bool = False,
+        ceilings: Sequence[float] | None = None,
+    ) -> None:
+        if ceilings is not None and not all(isfinite(one) and one > 0 for one in ceilings):
+            raise ValueError(f"ceilings={list(ceilings)} must be positive: each is a score that counts as 1")
         self.metric = metric
         self.log_frozen_state = log_frozen_state
+        self.ceilings = None if ceilings is None else list(ceilings)
         self.matrix: Tensor = torch.zeros(0, 0)
         """R (T, T): the score on task j after learning task i, NaN where not measured."""
         self._scores: list[Score] = []
@@ -74,6 +88,11 @@ class ForgettingCurves(Callback):
         if stage != "fit":
             return
         tasks = sequence(trainer)
+        if self.ceilings is not None and len(self.ceilings) != len(tasks):
+            raise ValueError(
+                f"ceilings={self.ceilings} must be one score for each of the {len(tasks)} tasks: "
+                f"{[task.name for task in tasks.tasks]}"
+            )
         if len(self.matrix) != len(tasks) or tasks.learned == tasks.epoch == 0:
             self.matrix = torch.full((len(tasks), len(tasks)), torch.nan)
             self._scores, self._frozen, self._predicted = [], [], []
@@ -123,7 +142,9 @@ class ForgettingCurves(Callback):
             The record.
         """
         tasks, blip = sequence(trainer), _blip(trainer)
+        names = [task.name for task in tasks.tasks]
         settings = {
+            "ceilings": self.ceilings and dict(zip(names, self.ceilings, strict=True)),
             "blip": blip and {name: getattr(blip, name) for name in inspect.signature(BLIP).parameters},
             "chosen": blip and blip.chosen,
             "stream": {"tasks": len(tasks), "epochs": tasks.epochs, "batch_size": tasks.batch_size},
@@ -131,8 +152,8 @@ class ForgettingCurves(Callback):
             "versions": {name.replace("-", "_"): version(name) for name in _PACKAGES},
         }
         return RunRecord(
-            self.metric,
-            [task.name for task in tasks.tasks],
+            self.metric if self.ceilings is None else f"{self.metric} / ceiling",
+            names,
             self.matrix.tolist(),
             list(self._scores),
             list(self._frozen),
@@ -147,11 +168,22 @@ class ForgettingCurves(Callback):
             "history": [asdict(score) for score in self._scores],
             "frozen": [asdict(frozen) for frozen in self._frozen],
             "predicted": [asdict(predicted) for predicted in self._predicted],
+            "ceilings": self.ceilings,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from the scores of a saved fit, whose sequence may have been shorter."""
+        """Goes on from the scores of a saved fit, whose sequence may have been shorter.
+
+        Raises:
+            ValueError: If they were divided by other ceilings.
+        """
         saved: Tensor = state_dict["matrix"]
+        ceilings = state_dict.get("ceilings")
+        if ceilings != (self.ceilings and self.ceilings[: len(saved)]):
+            raise ValueError(
+                f"ceilings={self.ceilings} differ from the checkpoint's {ceilings}, which its scores were "
+                f"divided by: resume with ForgettingCurves(ceilings={ceilings})"
+            )
         more = max(0, len(self.matrix) - len(saved))
         self.matrix = F.pad(saved, (0, more, 0, more), value=torch.nan)
         self._scores = [Score(**{"position": torch.nan, **score}) for score in state_dict["history"]]
@@ -173,6 +205,7 @@ class ForgettingCurves(Callback):
         logged = {"forgetting/position": place}
         for task in seen:
             score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)
+            score /= 1.0 if self.ceilings is None else self.ceilings[task.index]
             self.matrix[learning.index, task.index] = score
             logged[f"forgetting/{self.metric}/{task.name}"] = score
             self._scores.append(

@@ -29,7 +29,7 @@ class Measured:
 
     Attributes:
         information: F_1, any shape.
-        unit: What a prior of 1 is for it: the layer's fan_in.
+        unit: What a prior of 1 is for it: the layer's fan.
         bound: B.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_blip import processes
+from lightning_blip.bases import overrides
 from lightning_blip.randomness import generator_of
 from lightning_blip.task_sequence import TaskSequence, check_names
 
@@ -137,6 +138,7 @@ class EnvSequence(TaskSequence[EnvTask]):
     - **Validation** has one loader for each environment seen so far, with one batch, :class:`Episodes`:
       ``validation_step(self, episodes, batch_idx, dataloader_idx=0)`` plays and logs them,
       ``self.log("val_return", episodes.play(self).mean(), batch_size=episodes.count)``.
+    - **Test** and **prediction** have one for every environment, with ``test_step`` and ``predict_step``.
     - A task's **information** is measured on the observations of new rollouts, that the network makes as
       the task leaves it; nothing is kept for it. With logits of discrete actions as the output of
       ``forward(observations)``, its likelihood is BLIP's default.
@@ -144,11 +146,15 @@ class EnvSequence(TaskSequence[EnvTask]):
     Atari's ids (``"ALE/Boxing-v5"``) are played by ale-py's own vector environment, with its preprocessing:
     four grey frames of 84x84, every fourth frame, rewards clipped in training and not in evaluation.
 
+    Observations and actions are arrays (``Box``, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary`` spaces).
+    With several processes each plays environments of its own, and all of them the same episodes in
+    evaluation.
+
     Args:
         environments: Ids that Gymnasium knows, or functions that make an environment, in the order of
             learning.
-        steps_per_task: For how many steps, over all environments, a task is learned: one number, or one a
-            task; rounded up to whole epochs.
+        steps_per_task: For how many steps, over all environments of a process, a task is learned: one number,
+            or one a task; rounded up to whole epochs.
         num_envs: Environments side by side, of each process.
         rollout_steps: Steps of each of them in a rollout.
         updates_per_epoch: Rollouts an epoch.
@@ -160,8 +166,9 @@ class EnvSequence(TaskSequence[EnvTask]):
 
     Raises:
         ImportError: If Gymnasium is not there.
-        ValueError: If there is no environment, two share a name, or an argument is off. In a fit, if the
-            module has no ``act`` or ``targets``.
+        ValueError: If there is no environment, two share a name, observations or actions are no arrays, or an
+            argument is off. In a fit, if the module has no ``act`` or ``targets``; in prediction, if it has
+            no ``predict_step``.
 
     Example:
         >>> tasks = EnvSequence(["CartPole-v1", "Acrobot-v1"], steps_per_task=50_000, num_envs=8)
@@ -225,6 +232,19 @@ class EnvSequence(TaskSequence[EnvTask]):
                 f"{type(self.agent).__name__} has no {' and no '.join(missing)}: define what "
                 "lightning_blip.environments.Agent describes, so that EnvSequence can make rollouts"
             )
+        if stage == "predict" and not overrides(self.agent, "predict_step"):
+            raise ValueError(
+                f"{type(self.agent).__name__} has no predict_step for Episodes: define "
+                "predict_step(self, episodes, batch_idx, dataloader_idx=0), such as to return "
+                "episodes.play(self)"
+            )
+        shapes = [task.observation_space.shape for task in self.tasks]
+        if stage == "fit" and len(set(shapes)) > 1:
+            rank_zero_warn(
+                f"Observations have the shapes {shapes}: unless the module takes them all, give them one, by "
+                "functions that make the environments in a wrapper, such as "
+                "gymnasium.wrappers.TransformObservation"
+            )
 
     def train_dataloader(self) -> Iterable[Any]:
         """The mini-batches of this epoch's rollouts."""
@@ -241,6 +261,8 @@ class EnvSequence(TaskSequence[EnvTask]):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for every environment, learned or not."""
         return [self._episodes(task) for task in self.tasks]
+
+    predict_dataloader = test_dataloader
 
     def players(self, key: tuple[int, ...]) -> _Players:
         """The environments of the current task, seeded by a key."""
@@ -283,14 +305,17 @@ class _EpochOfRollouts:
                 state.following, state.targets = rollout.following.cpu(), targets
                 yield from self._batches(update, rollout, targets)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The actions taken so far, and what was made of the last rollout."""
-        return {"key": self._key, **vars(self._state)}
+    def state_dict(self) -> dict[tuple[int, ...], dict[str, Any]]:
+        """By the key of each process, the actions taken so far, and what was made of the last rollout."""
+        done = self._state
+        targets = {name: value.cpu() for name, value in done.targets.items()}
+        saved = replace(done, actions=list(done.actions), targets=targets)
+        return dict(processes.gathered((self._key, vars(saved))))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a loader of the same epoch was; one of another begins."""
-        if tuple(state_dict["key"]) == self._key:
-            self._state = _Progress(**{name: value for name, value in state_dict.items() if name != "key"})
+    def load_state_dict(self, state_dict: dict[tuple[int, ...], dict[str, Any]]) -> None:
+        """Goes on where a loader of the same epoch and process was; one of another begins."""
+        if self._key in state_dict:
+            self._state = _Progress(**state_dict[self._key])
 
     @property
     def _batches_a_rollout(self) -> int:
@@ -453,5 +478,20 @@ def _tasks(environments: Sequence[Any], names: Sequence[str] | None) -> list[Env
     for index, (name, environment) in enumerate(zip(names, environments, strict=True)):
         with closing(_vector(environment, 1, evaluation=True)) as envs:
             spaces = envs.single_observation_space, envs.single_action_space
+        _check_spaces(name, *spaces)
         tasks.append(EnvTask(name, environment, *spaces, index))
     return tasks
+
+
+def _check_spaces(name: str, observations: Space[Any], actions: Space[Any]) -> None:
+    from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+
+    for what, space, wrapper in (
+        ("observations", observations, "gymnasium.wrappers.FlattenObservation"),
+        ("actions", actions, "a gymnasium.ActionWrapper"),
+    ):
+        if not isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete):
+            raise ValueError(
+                f"Task {name!r} has {what} of {space}, which are no arrays: give a function that makes the "
+                f"environment in a wrapper, such as {wrapper}"
+            )

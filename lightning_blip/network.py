@@ -17,6 +17,7 @@ from lightning_blip.information import Rule, consolidate, rule_precision
 from lightning_blip.kronecker import KroneckerBits, as_matrix
 
 Basis = Literal["diagonal", "kronecker"]
+Fan = Literal["in", "max"]
 T = TypeVar("T", bound=Tensor)
 
 
@@ -30,6 +31,7 @@ class FrozenNetwork:
         cell: ``"strict"`` or ``"paper"``.
         basis: ``"diagonal"``, or ``"kronecker"`` for those layers that are matrices.
         rank: See :class:`KroneckerBits`.
+        fan: Which side of a layer tells its bound and prior, see :class:`BLIP`.
         parameters: The state of each parameter, by its name.
         layers: The state of each layer in the Kronecker basis, by the name of its weight.
         biases: The name of its bias, by that of its weight; None if there is none.
@@ -40,6 +42,7 @@ class FrozenNetwork:
     cell: Cell
     basis: Basis
     rank: int | None = None
+    fan: Fan = "in"
     parameters: dict[str, FrozenBits] = field(default_factory=dict)
     layers: dict[str, KroneckerBits] = field(default_factory=dict)
     biases: dict[str, str | None] = field(default_factory=dict)
@@ -69,7 +72,7 @@ class FrozenNetwork:
         self._check_fits(own)
         known = set(self.names)
         new = {name: theta for name, theta in tracked.items() if name not in known}
-        fans = _fans(module)
+        fans = _fans(module, self.fan)
         if self.basis == "kronecker":
             for weight, bias in matrix_layers(module, new).items():
                 theta = as_matrix([new.pop(name) for name in (weight, bias) if name is not None])
@@ -77,8 +80,8 @@ class FrozenNetwork:
                 self.layers[weight] = KroneckerBits.of(theta, limit, 1.0, self.max_bits, self.rank)
                 self.biases[weight] = bias
         for name, theta in new.items():
-            fan_in, is_bias = fans.get(name, (None, False))
-            limit = bound(theta, fan_in, bias=is_bias)
+            fan, is_bias = fans.get(name, (None, False))
+            limit = bound(theta, fan, bias=is_bias)
             self.parameters[name] = FrozenBits.of(theta, limit, 1.0, self.max_bits, self.cell)
         for name, frozen in self.parameters.items():
             if frozen.packed.device != own[name].device:
@@ -90,8 +93,8 @@ class FrozenNetwork:
                 self.layers[name] = layer.to(own[name].device)
 
     def set_prior(self, module: nn.Module, prior: float) -> None:
-        """Gives every state that has learned nothing yet its S_0, the prior times the layer's fan_in."""
-        fans = _fans(module)
+        """Gives every state that has learned nothing yet its S_0, the prior times the layer's fan."""
+        fans = _fans(module, self.fan)
         for name, state in self.states.items():
             if not state.tasks or not state.information.any():
                 state.prior = prior * (fans.get(name, (None, False))[0] or 1)
@@ -100,7 +103,7 @@ class FrozenNetwork:
         self, module: nn.Module, fishers: Mapping[str, Tensor], factors: Mapping[str, Factors]
     ) -> list[Measured]:
         """What a first task told, to choose the prior from."""
-        fans = _fans(module)
+        fans = _fans(module, self.fan)
         units = {name: float(fans.get(name, (None, False))[0] or 1) for name in self.states}
         alone = [
             Measured(fishers[name], units[name], self.parameters[name].bound)
@@ -306,11 +309,13 @@ def damped(
     return spread, widened
 
 
-def _fans(module: nn.Module) -> dict[str, tuple[int, bool]]:
-    """fan_in, and whether it is the bias, of every parameter of a Linear or Conv layer, by name."""
+def _fans(module: nn.Module, fan: Fan = "in") -> dict[str, tuple[int, bool]]:
+    """The layer's fan, and whether it is the bias, of every parameter of a Linear or Conv layer, by name."""
     fans = {}
     for prefix, part in module.named_modules():
         if isinstance(part, MATRICES):
+            outputs, inputs = part.weight.flatten(1).shape
             for name in ("weight", "bias"):
-                fans[f"{prefix}.{name}" if prefix else name] = (part.weight[0].numel(), name == "bias")
+                size = max(inputs, outputs) if fan == "max" else inputs
+                fans[f"{prefix}.{name}" if prefix else name] = (size, name == "bias")
     return fans

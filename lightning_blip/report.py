@@ -31,6 +31,7 @@ _GROUPS = {
     "blip": "BLIP",
     "chosen": "Chosen from the first task",
     "stream": "Stream",
+    "ceilings": "Scores that count as 1",
     "hyperparameters": "Hyperparameters",
     "versions": "Versions",
 }

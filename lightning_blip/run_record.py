@@ -173,14 +173,14 @@ class RunRecord:
     """All that was measured while a sequence was learned; plain values, which a JSON file holds.
 
     Attributes:
-        metric: What was scored; higher is better.
+        metric: What was scored; higher is better. Where scores were divided by ceilings, it says so.
         tasks: Names of all tasks of the sequence.
         matrix: R, T rows of T: the score on task j after learning task i, NaN where not measured.
         scores: One for each validation and task seen by then.
         frozen: One for each boundary where BLIP froze something.
         predicted: Forgetting as BLIP predicted it while the tasks were trained.
-        settings: ``"blip"`` and ``"chosen"`` (None without BLIP), ``"stream"``, ``"hyperparameters"`` of the
-            module, and ``"versions"``.
+        settings: ``"blip"`` and ``"chosen"`` (None without BLIP), ``"stream"``, ``"ceilings"`` by task (None
+            where scores are as they were logged), ``"hyperparameters"`` of the module, and ``"versions"``.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -1,5 +1,6 @@
 """BLIP in a Trainer and by hand."""
 
+import copy
 import csv
 import math
 from itertools import count
@@ -124,6 +125,74 @@ def test_the_paper_to_the_letter():
     bound = blip._network.parameters["0.weight"].bound
     steps = network[0].weight / bound * kept
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+
+
+def matrices():
+    """Layers with more inputs than outputs, and with fewer; fan_out as torch counts it is no side of them."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.Conv2d(8, 40, 2, groups=2), nn.Flatten(), nn.Linear(40 * 5 * 5, 3)
+    )
+
+
+FANS = {"in": {"0": 18, "1": 16, "3": 1000}, "max": {"0": 18, "1": 40, "3": 1000}}
+
+
+@pytest.mark.parametrize("fan", FANS)
+@pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+def test_bound_and_prior_go_by_the_inputs_or_by_the_larger_side_of_a_layer(fan, basis):
+    network = matrices()
+    network.append(nn.Linear(3, 12))
+    batches = [(torch.randn(16, 2, 8, 8), torch.zeros(16))]
+    blip = BLIP(prior=1e-3, fan=fan, basis=basis)
+    blip.consolidate(network, batches)
+    for layer, size in {**FANS[fan], "4": 3 if fan == "in" else 12}.items():
+        states = [blip._network.states[name] for name in blip._network.states if name.startswith(layer)]
+        assert states[0].bound == pytest.approx(6 / size**0.5)
+        assert [state.prior for state in states] == pytest.approx([1e-3 * size] * len(states))
+        if basis == "diagonal" or layer == "1":  # in groups it has no Kronecker factors
+            assert states[1].bound == 1.0
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper"])
+def test_the_prior_that_is_chosen_goes_by_the_same_side_of_a_layer(rule):
+    """So that as many bits are frozen: where all layers are as wide, the prior alone differs."""
+    network = nn.Sequential(nn.Linear(8, 32))
+    batches = [(torch.randn(64, 8), torch.zeros(64))]
+    narrow, wide = BLIP(rule=rule), BLIP(rule=rule, fan="max")
+    for blip in (narrow, wide):
+        blip.consolidate(copy.deepcopy(network), batches)
+    assert wide.chosen["prior"] == pytest.approx(narrow.chosen["prior"] / 4, rel=1e-3)
+
+
+def test_the_papers_setting_for_atari():
+    """The larger side, and batches of 62: a rollout of 2,000 steps in 32 parts."""
+    blip = BLIP.paper(prior=5e-18, batch_size=62, fan="max")
+    assert (blip.fan, blip.prior) == ("max", pytest.approx(5e-18 * 3_844))
+
+
+def test_a_checkpoint_from_before_there_was_a_fan_has_that_of_the_inputs():
+    blip = BLIP(prior=1e-3)
+    blip.consolidate(nn.Linear(4, 8), [(torch.randn(8, 4), torch.zeros(8))])
+    saved = blip.state_dict()
+    with pytest.raises(ValueError, match=r"fan='max' differs from the checkpoint's 'in': .*BLIP\(fan='in'\)"):
+        BLIP(prior=1e-3, fan="max").load_state_dict(saved)
+    del saved["settings"]["fan"]
+    with pytest.raises(ValueError, match="fan='max' differs"):
+        BLIP(prior=1e-3, fan="max").load_state_dict(saved)
+    BLIP(prior=1e-3).load_state_dict(saved)
+
+
+def test_new_parameters_of_a_restored_network_have_its_fan():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 16))
+    batches = [(torch.randn(8, 4), torch.zeros(8))]
+    blip, restored = BLIP(prior=1e-3, fan="max"), BLIP(prior=1e-3, fan="max")
+    network[1].requires_grad_(False)
+    blip.consolidate(network, batches)
+    restored.load_state_dict(blip.state_dict())
+    network[1].requires_grad_(True)
+    restored.consolidate(network, batches)
+    assert restored._network.states["1.weight"].bound == pytest.approx(6 / 4)
 
 
 def test_heads_per_task_are_not_tracked_and_a_shared_one_is():
@@ -453,6 +522,8 @@ def heads_alone():
         (lambda: BLIP(rule="mine"), "rule='mine' must be one of"),
         (lambda: BLIP(cell="mine"), "cell='mine' must be one of"),
         (lambda: BLIP(labels="mine"), "labels='mine' must be one of"),
+        (lambda: BLIP(fan="out"), r"fan='out' must be one of \('in', 'max'\)"),
+        (lambda: BLIP.paper(batch_size=0), "batch_size=0 must be at least 1"),
         (lambda: BLIP(scale=-1), "scale=-1 must not be negative"),
         (lambda: BLIP(pull=-1), "pull=-1 must not be negative"),
         (lambda: BLIP(samples=0), "samples=0 must be at least 1"),

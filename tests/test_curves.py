@@ -114,8 +114,8 @@ def test_a_checkpoint_from_before_there_was_a_record_is_gone_on_from(tmp_path):
     fit(first, callbacks=[saving], max_epochs=3, enable_checkpointing=True, default_root_dir=tmp_path / "a")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     old = saved["callbacks"]["ForgettingCurves"]
-    assert old.keys() == {"matrix", "history", "frozen", "predicted"}
-    del old["frozen"], old["predicted"]
+    assert old.keys() == {"matrix", "history", "frozen", "predicted", "ceilings"}
+    del old["frozen"], old["predicted"], old["ceilings"]
     for score in old["history"]:
         del score["position"]
     torch.save(saved, tmp_path / "old.ckpt")
@@ -308,3 +308,49 @@ def test_validations_within_an_epoch_lie_within_it(tmp_path):
     fit(ForgettingCurves(), val_check_interval=0.5, default_root_dir=tmp_path)
     places = [score.position for score in record(tmp_path).scores if score.task == "0-1"]
     assert places[:7] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0])
+
+
+CEILINGS = [0.5, 2.0, 4.0]
+
+
+def test_scores_are_divided_by_their_ceilings_also_where_a_fit_is_resumed(tmp_path):
+    plain = ForgettingCurves()
+    torch.manual_seed(1)
+    fit(plain, default_root_dir=tmp_path / "plain")
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    torch.manual_seed(1)
+    fit(
+        ForgettingCurves(ceilings=CEILINGS), callbacks=[saving], max_epochs=3, enable_checkpointing=True,
+        default_root_dir=tmp_path / "begun",
+    )  # fmt: skip
+    resumed = ForgettingCurves(ceilings=CEILINGS)
+    fit(resumed, ckpt_path=tmp_path / "last.ckpt", default_root_dir=tmp_path / "rest")
+    expected = plain.matrix / torch.tensor(CEILINGS)
+    torch.testing.assert_close(resumed.matrix, expected, equal_nan=True)
+    divided, whole = record(tmp_path / "rest"), record(tmp_path / "plain")
+    torch.testing.assert_close(torch.tensor(divided.matrix), expected, equal_nan=True)
+    by_task = dict(zip(divided.tasks, CEILINGS, strict=True))
+    assert [one.score for one in divided.scores] == pytest.approx(
+        [one.score / by_task[one.task] for one in whole.scores]
+    )
+    assert [float(row["score"]) for row in table(tmp_path / "rest")] == pytest.approx(
+        [one.score for one in divided.scores]
+    )
+    assert (divided.metric, whole.metric) == ("val_acc / ceiling", "val_acc")
+    assert (divided.settings["ceilings"], whole.settings["ceilings"]) == (by_task, None)
+    for others in (None, [0.5, 2.0, 5.0]):
+        with pytest.raises(ValueError, match=r"differ from the checkpoint's \[0.5, 2.0, 4.0\]"):
+            fit(ForgettingCurves(ceilings=others), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("ceilings", [[1.0, 0.0, 1.0], [1.0, -2.0, 1.0], [1.0, float("nan"), 1.0]])
+def test_ceilings_that_are_not_positive_are_refused(ceilings):
+    with pytest.raises(ValueError, match=r"ceilings=\[1.0, .*\] must be positive"):
+        ForgettingCurves(ceilings=ceilings)
+
+
+def test_there_is_one_ceiling_for_each_task():
+    with pytest.raises(
+        ValueError, match=r"ceilings=\[1.0\] must be one score for each of the 3 tasks: \['0-1"
+    ):
+        fit(ForgettingCurves(ceilings=[1.0]))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.wrappers import FlattenObservation
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -252,10 +253,11 @@ def test_frozen_bits_stay_through_the_games_that_follow():
     assert set(frozen.before) == {"body.0.weight", "body.0.bias"}
 
 
-def test_a_policy_of_continuous_actions_has_information_too():
+@pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+def test_a_policy_of_continuous_actions_has_information_too(basis):
     make = partial(Counting, continuous=True)
     module = PPO(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [1, 1], continuous=True)
-    blip = BLIP(likelihood=gaussian)
+    blip = BLIP(likelihood=gaussian, basis=basis)
     fit(sequence(make, partial(Counting, 7, continuous=True)), module, [blip])
     assert blip.tasks_learned == 2
     assert blip.report["blip/information_gain"] > 0
@@ -348,3 +350,176 @@ def test_without_gymnasium_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-blip\[rl\]'"):
         EnvSequence(["CartPole-v1"], steps_per_task=1)
+
+
+class Shown(Counting):
+    """Shows what it counts in any space."""
+
+    def __init__(self, space, show, length=5):
+        super().__init__(length)
+        self.observation_space, self.show = space, show
+
+    def seen(self):
+        return self.show(self.time)
+
+
+PARTS = Dict({"time": Discrete(8), "speed": Box(-1, 1, (2,))})
+BOTH = Tuple([Box(0, 1, (1,)), Discrete(3)])
+
+
+class Pressing(Counting):
+    """Has other actions."""
+
+    def __init__(self, space):
+        super().__init__()
+        self.action_space = space
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, self.action_space.dtype))
+        return super().step(np.asarray(action).sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (partial(Shown, PARTS, None), r"Task 'it' has observations of Dict\(.*FlattenObservation"),
+        (partial(Shown, BOTH, None), r"Task 'it' has observations of Tuple\(.*FlattenObservation"),
+        (partial(Pressing, PARTS), r"Task 'it' has actions of Dict\(.*ActionWrapper"),
+    ],
+)
+def test_what_is_no_array_is_refused_and_the_wrapper_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        sequence(make, names=["it"])
+
+
+def test_the_wrapper_that_is_named_helps():
+    def show(time):
+        return {"time": time, "speed": np.zeros(2, np.float32)}
+
+    module = PPO(nn.Linear(10, 8), 8, [2])
+    fit(sequence(lambda: FlattenObservation(Shown(PARTS, show)), names=["flat"]), module)
+    assert module.trainer.global_step == 24
+
+
+def test_numbered_observations_are_learned_from():
+    class Looking(PPO):
+        rollouts = []
+
+        def targets(self, rollout):
+            self.rollouts.append(rollout)
+            return super().targets(rollout)
+
+    make = partial(Shown, Discrete(8), lambda time: time)
+    blip, module = BLIP(), Looking(nn.Embedding(8, 8), 8, [2])
+    fit(sequence(make, steps_per_task=64, names=["numbered"]), module, [blip])
+    assert module.rollouts[0].observations[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert blip.report["blip/information_gain"] > 0
+
+
+@pytest.mark.parametrize("space", [MultiDiscrete([2, 3]), MultiBinary(2)])
+def test_several_actions_at_once_are_learned(space):
+    """Whatever they are, the module says how they are drawn."""
+
+    def policy(output):
+        drawn = torch.distributions.Categorical(logits=output.unflatten(-1, (2, 2)))
+        return torch.distributions.Independent(drawn, 1)
+
+    module, blip = PPO(nn.Linear(3, 8), 8, [4]), BLIP(likelihood=policy)
+    module.policy = policy
+    fit(sequence(partial(Pressing, space), steps_per_task=64, names=["pressing"]), module, [blip])
+    assert module.trainer.global_step == 12
+    assert blip.report["blip/information_gain"] > 0
+
+
+def test_observations_of_different_shapes_are_told_of():
+    make = partial(Shown, Box(0, 9, (4,)), lambda time: np.full(4, time, np.float32))
+    tasks = sequence(Counting, make)
+    with pytest.warns(UserWarning, match=r"shapes \[\(3,\), \(4,\)\]: unless .*TransformObservation"):
+        _attached(tasks, agent()).setup("fit")
+
+
+def test_evaluation_needs_no_fit():
+    torch.manual_seed(0)
+    module, tasks = agent(), sequence()
+    trainer = pl.Trainer(**QUIET)
+    (validated,) = trainer.validate(module, datamodule=tasks, verbose=False)
+    tested = trainer.test(module, datamodule=tasks, verbose=False)
+    assert set(validated) == {"val_return"}
+    assert tested[0]["test_return/dataloader_idx_0"] == validated["val_return"]
+    assert len(tested) == 2
+
+
+def test_prediction_plays_every_environment_or_is_refused():
+    class Predicting(PPO):
+        def predict_step(self, episodes, batch_idx, dataloader_idx=0):
+            return self.head.active, episodes.play(self)
+
+    trainer = pl.Trainer(**QUIET)
+    module = Predicting(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2, 2])
+    predicted = [one for (one,) in trainer.predict(module, datamodule=sequence())]
+    assert [(head, len(returns)) for head, returns in predicted] == [(0, 3), (1, 3)]
+    with pytest.raises(
+        ValueError, match=r"PPO has no predict_step.* such as to return episodes.play\(self\)"
+    ):
+        trainer.predict(agent(), datamodule=sequence())
+
+
+class Closed(Counting):
+    """Counts those that are open."""
+
+    left = 0
+
+    def __init__(self, breaks=False):
+        super().__init__()
+        self.breaks = breaks
+        Closed.left += 1
+
+    def step(self, action):
+        if self.breaks:
+            raise RuntimeError("broken")
+        return super().step(action)
+
+    def close(self):
+        Closed.left -= 1
+
+
+class Failing(pl.Callback):
+    def on_train_batch_end(self, *_):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("options", [{"breaks": True}, {}])
+def test_environments_are_closed_when_a_fit_fails(options):
+    Closed.left = 0
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(sequence(partial(Closed, **options), names=["it"]), agent(1), [Failing()])
+    assert Closed.left == 0
+
+
+def test_epochs_may_be_cut_short(tmp_path):
+    Closed.left = 0
+    blip, curves = BLIP(), ForgettingCurves("val_return")
+    options = {"limit_train_batches": 5, "default_root_dir": tmp_path}
+    trainer = fit(sequence(Closed, names=["it"]), agent(1), [blip, curves], **options)
+    assert (trainer.global_step, blip.tasks_learned) == (10, 1)
+    assert curves.matrix.isfinite().all()
+    assert Closed.left == 0
+
+
+class Stopping(pl.Callback):
+    """Ends a fit as ``max_time`` does, but by its steps."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_a_fit_that_is_stopped_within_an_epoch_goes_on_later(tmp_path):
+    Closed.left = 0
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    tasks = partial(sequence, Closed, names=["it"])
+    first = fit(tasks(), agent(1), [saving, Stopping()], enable_checkpointing=True)
+    assert (first.global_step, Closed.left) == (5, 0)
+    blip = BLIP()
+    second = fit(tasks(), agent(1), [blip], ckpt_path=saving.last_model_path)
+    # As with data sets, the epoch that was cut short is over: the second one is left, of 12 steps.
+    assert (second.global_step, blip.tasks_learned) == (17, 1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -75,6 +76,40 @@ def table(folder, name):
     """The last table of that name."""
     path = max(folder.rglob(f"{name}_*.table.json"), key=lambda path: int(path.name.split("_")[-2]))
     return json.loads(path.read_text())
+
+
+def test_every_logger_gets_scores_that_are_divided_by_their_ceilings(tmp_path):
+    ceilings = {"0-1": 0.5, "2-3": 2.0, "4-5": 4.0}
+    scores = {}
+
+    class Seen(pl.Callback):
+        """Notes what the module itself has logged."""
+
+        def on_validation_end(self, trainer, pl_module):
+            for index, task in enumerate(trainer.datamodule.tasks[: trainer.datamodule.task.index + 1]):
+                name = f"val_acc/dataloader_idx_{index}"
+                value = trainer.callback_metrics.get(name, trainer.callback_metrics["val_acc"])
+                scores.setdefault(task.name, []).append(float(value))
+
+    makes = [CSVLogger, TensorBoardLogger, partial(WandbLogger, project="test")]
+    options = {"callbacks": [Seen()], "num_sanity_val_steps": 0}
+    curves = ForgettingCurves(ceilings=list(ceilings.values()))
+    record = fit([make(save_dir=tmp_path) for make in makes], tmp_path, curves=curves, **options)
+    run = OfflineRun(tmp_path)
+    check_points(run, record)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as lines:
+        rows = list(csv.DictReader(lines))
+    values = list(events(tmp_path))
+    for task, ceiling in ceilings.items():
+        name, expected = f"forgetting/val_acc/{task}", pytest.approx([one / ceiling for one in scores[task]])
+        assert [y for _, y in run.points("forgetting/position", name)] == expected
+        assert [float(row[name]) for row in rows if row[name]] == expected
+        assert [one.simple_value for one in values if one.tag == name] == expected
+    drawn = [score for _, task, score in table(tmp_path, "curves_table")["data"] if task == "0-1"]
+    assert sorted(drawn) == pytest.approx(sorted(one / 0.5 for one in scores["0-1"]))
+    average = sum(scores[task][-1] / ceiling for task, ceiling in ceilings.items()) / 3
+    assert run.summary["forgetting/average_score"] == pytest.approx(average)
 
 
 @pytest.mark.parametrize("make", [WandbLogger, OtherWandbLogger])

@@ -11,15 +11,20 @@ import torch
 from lightning_blip import processes
 
 
-def learn(folder, count, *arguments):
-    """What each of so many processes has at the end of a small stream."""
-    script = [sys.executable, "-m", "tests.processes.run", str(folder), str(count), *arguments]
+def start(module, *arguments):
+    """Runs a script that starts the other processes."""
+    script = [sys.executable, "-m", f"tests.processes.{module}", *map(str, arguments)]
     environment = {**os.environ, "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
     environment.pop("LOCAL_RANK", None)  # which a test before may have left: the other would not be started
     done = subprocess.run(
         script, capture_output=True, text=True, env=environment, timeout=300, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def learn(folder, count, *arguments):
+    """What each of so many processes has at the end of a small stream."""
+    start("run", folder, count, *arguments)
     return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
 
 
@@ -51,6 +56,24 @@ def test_two_processes_freeze_the_same_bits_as_each_other_and_as_one(tmp_path, b
         for name, theta in alone["weights"].items():
             torch.testing.assert_close(first["weights"][name], theta, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(first["matrix"], alone["matrix"], equal_nan=True)
+
+
+def test_two_processes_play_environments_of_their_own_and_learn_the_same(tmp_path):
+    start("play", tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    noise = [has["whole"]["first"][..., 2] for has in (first, second)]
+    assert noise[0].unique().numel() == noise[1].unique().numel() == noise[0].numel()
+    assert not set(noise[0].flatten().tolist()) & set(noise[1].flatten().tolist())
+    assert first["whole"]["steps"] == first["resumed"]["steps"] == 96
+    for part in ("weights", "bits", "precision"):
+        expected = first["whole"][part]
+        for other in (second["whole"], first["resumed"], second["resumed"]):
+            assert all(torch.equal(expected[name], other[part][name]) for name in expected), part
+    matrix = first["whole"]["matrix"]
+    assert matrix.tril().isfinite().all()
+    for other in (second["whole"], first["resumed"], second["resumed"]):
+        assert torch.equal(matrix.tril(), other["matrix"].tril())
+        assert first["whole"]["chosen"] == other["chosen"]
 
 
 def test_alone_nothing_is_exchanged():
