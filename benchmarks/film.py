@@ -109,7 +109,7 @@ def draw(names: Sequence[str], rows: Sequence[Sequence[Scene]], path: Path, fps:
         row[0].set_ylabel(f"after {name}")
         for axis, scene in zip(row, scenes, strict=False):
             axis.axis("on")
-            axis.set(xticks=[], yticks=[], xlabel=f"{scene.paid:,.0f}")
+            axis.set(xticks=[], yticks=[], xlabel=f"{scene.paid:,.0f}", anchor="N")
             pictures.append((axis.imshow(scene.screens[0]), scene.screens))
     # The layout of the first frame is that of all.
     figure.draw_without_rendering()

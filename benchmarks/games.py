@@ -229,17 +229,17 @@ GAMES = {
             options={
                 "num_envs": 16,
                 "rollout_steps": 125,
-                "updates_per_epoch": 50,
+                "updates_per_epoch": 10,
                 "passes": 4,
                 "batch_size": 250,
                 "episodes": 10,
             },
             tasks=6,
-            epochs=100,
+            epochs=500,
             source="the paper: games, network, PPO and its settings, but for the critic's loss, which is not "
             "clipped",
             best=100.0,
-            validate_every=10,
+            validate_every=50,
         ),
     )
 }

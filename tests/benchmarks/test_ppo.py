@@ -171,7 +171,7 @@ def test_the_atari_agent_is_the_papers_and_its_policies_fit_the_games():
     stream, module = games.stream(None, seed=0), games.module()
     assert [task.action_space.n for task in stream.tasks] == [head.out_features for head in module.head.heads]
     assert module(torch.full((2, 4, 84, 84), 255, dtype=torch.uint8)).shape == (2, 14)
-    assert stream.epochs == [100] * 6
+    assert stream.epochs == [500] * 6
     assert (stream.num_envs * stream.rollout_steps) // stream.batch_size == 8
 
 
