@@ -86,18 +86,11 @@ def test_scenes_of_atari_are_what_the_agent_saw_in_colours():
     games = atari.short(["SpaceInvaders"], 16)
     scene = play(Seeing(), games.stream(None, seed=0), 0, 150)
     assert len(scene.screens) == 150
-    assert {screen.shape for screen in scene.screens} == {(210, 160, 3)}
-    grey = [
-        np.asarray(Image.fromarray(screen).convert("L").resize((84, 84), Image.Resampling.BOX), dtype=int)
-        for screen in scene.screens
-    ]
-
-    def apart(later):
-        """The agent's greys are a little different, and of two frames the brighter."""
-        pairs = zip(grey, Seeing.seen[later:], strict=False)
-        return np.mean([np.abs(screen - seen).mean() for screen, seen in pairs])
-
-    assert apart(0) < 2 < apart(40)
+    for screen, seen in zip(scene.screens, Seeing.seen, strict=False):
+        assert screen.shape == (210, 160, 3)
+        grey = Image.fromarray(screen).convert("L").resize((84, 84), Image.Resampling.HAMMING)
+        # One step off, what moves is off by 75.
+        assert np.abs(np.asarray(grey, dtype=int) - seen).max() < 40
 
 
 def cell(frame, row, column):
@@ -138,7 +131,7 @@ def test_what_cannot_be_filmed_is_told(kept, tmp_path, capsys, monkeypatch):
 def test_speeds_are_told_one_a_line(capsys):
     atari.main(["speed", "--games", "Boxing", "--steps", "40"])
     lines = capsys.readouterr().out.splitlines()
-    number = "[1-9][0-9,]*"
+    number = "[0-9,]+"
     end = rf": {number} environment steps a second \(Boxing {number}\); .+ threads of torch, {number} of the"
     for line, begin in zip(lines, ("emulators alone, random", "rollouts", "whole training"), strict=True):
         assert re.match(f"{begin}.*{end}", line)
