@@ -154,6 +154,16 @@ def test_single_task_runs_are_no_rival():
     assert said == "BLIP is ahead of all others, by 40.00 points of the next, fine-tuning."
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["finetune", "blip"])
+def test_blip_keeps_the_carts_that_fine_tuning_forgets(method, tmp_path):
+    record = run.Run(GAMES["cartpole"], method, {}).learn(tmp_path, seed=0, report=quiet)
+    learned = [record.R[0][0], record.R[1][1]]
+    kept = [100 * now / then for now, then in zip(record.R[2][:2], learned, strict=True)]
+    assert min(learned) > 95
+    assert min(kept) >= 90 if method == "blip" else max(kept) < 60
+
+
 RECORD = Record(
     stream="minatar", method="blip", settings={}, seed=0, tasks=1, epochs=1, ACC=0.0, BWT=None, FWT=None,
     R=[[0.0]], used_capacity=[], bytes_per_parameter=0.0, seconds=0.0, machine="", torch_version="",
