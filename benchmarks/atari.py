@@ -55,7 +55,7 @@ def speed(names: Sequence[str], steps: int, precision: Any = "32-true") -> list[
     trainer.fit(begun.module(), datamodule=begun.stream(Path(), seed=0))
     on = f"{machine()} of torch, {os.cpu_count()} of the emulators, {precision}"
     return [
-        f"{what}: {_rates(seconds, _steps(games))}; {on}"
+        f"{what}: {_rates(seconds, games.steps_per_epoch)}; {on}"
         for what, seconds in (
             ("emulators alone, random actions", alone),
             ("rollouts, the agent acting", watch.rollouts),
@@ -80,11 +80,6 @@ def short(names: Sequence[str], steps: int) -> Games:
     )
 
 
-def _steps(games: Games) -> int:
-    options = games.options
-    return options["num_envs"] * options["rollout_steps"] * options["updates_per_epoch"]
-
-
 def _emulators(games: Games, name: str) -> float:
     """The seconds that the emulators of a game take by themselves."""
     count = games.options["num_envs"]
@@ -92,7 +87,7 @@ def _emulators(games: Games, name: str) -> float:
     envs.reset(seed=0)
     envs.action_space.seed(0)
     begun = time.perf_counter()
-    for _ in range(_steps(games) // count):
+    for _ in range(games.steps_per_epoch // count):
         envs.step(envs.action_space.sample())
     seconds = time.perf_counter() - begun
     envs.close()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.wrappers import TransformObservation
-from minatar.gym import register_envs
 from torch import Tensor, nn
 
 from benchmarks.ppo import PPO
@@ -58,6 +57,21 @@ class Games:
         """In training."""
         return self.options["batch_size"]
 
+    @property
+    def save_every(self) -> int:
+        """In epochs: one of a game may take as long as a whole task of others."""
+        return 1
+
+    @property
+    def ceilings(self) -> list[float] | None:
+        """Of each task the return that counts as 100 %; None if single-task runs have to tell."""
+        return None if self.best is None else [self.best] * self.tasks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Over all environments."""
+        return self.options["num_envs"] * self.options["rollout_steps"] * self.options["updates_per_epoch"]
+
     def stream(self, folder: Path, seed: int) -> EnvSequence:
         """The environments, to be learned.
 
@@ -74,10 +88,9 @@ class Games:
         if self.tasks > len(self.environments):
             raise ValueError(f"tasks={self.tasks} is more than the {len(self.environments)} of {self.name}")
         names = list(self.environments)[: self.tasks]
-        epoch = self.options["num_envs"] * self.options["rollout_steps"] * self.options["updates_per_epoch"]
         return EnvSequence(
             [self.environments[name] for name in names],
-            steps_per_task=self.epochs * epoch,
+            steps_per_task=self.epochs * self.steps_per_epoch,
             names=names,
             seed=seed,
             **self.options,
@@ -118,8 +131,17 @@ def cartpole(render_mode: str | None = None, **physics: float) -> gymnasium.Env[
 _CHANNELS = 10
 
 
+@cache
+def _know_minatar() -> None:
+    """Makes its ids known, where one is played: what it imports takes a second."""
+    from minatar.gym import register_envs
+
+    register_envs()
+
+
 def minatar(game: str, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
     """A game of MinAtar, its channels first and filled up to ten, ended after 2,500 steps as Freeway is."""
+    _know_minatar()
     environment = gymnasium.make(
         f"MinAtar/{game}-v1", max_episode_steps=2_500, disable_env_checker=True, render_mode=render_mode
     )
@@ -165,7 +187,6 @@ _ATARI = {"KungFuMaster": 14, "Boxing": 18, "Jamesbond": 18, "Krull": 18, "River
 
 # With the number of their actions, those that do something.
 _MINATAR = {"Breakout": 3, "Asterix": 5, "Freeway": 3, "SpaceInvaders": 4}
-register_envs()
 
 GAMES = {
     games.name: games

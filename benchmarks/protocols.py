@@ -48,6 +48,20 @@ class Protocol:
     source: str
     metric: str = "val_acc"
 
+    @property
+    def save_every(self) -> int:
+        """In epochs: after each task."""
+        return self.epochs
+
+    @property
+    def validate_every(self) -> int:
+        """In epochs: never, but at the boundaries, which validate by themselves."""
+        return self.tasks * self.epochs + 1
+
+    @property
+    def ceilings(self) -> None:
+        """None: 100 % is a share of 1."""
+
     def stream(self, folder: Path, seed: int) -> TaskSequenceDataModule:
         """The tasks, to be learned.
 

@@ -117,7 +117,7 @@ class Run:
     def _ceilings(self, data: Path, out: Path, seed: int, device: str, report: Report) -> list[float] | None:
         """What agents of their own come to in each game, where it is not known what there is to get."""
         games = self.protocol
-        if not isinstance(games, Games) or games.best is not None or self.method == "single":
+        if not isinstance(games, Games) or games.ceilings or self.method == "single":
             return None
         whole = replace(games, tasks=STREAMS[games.name].tasks)
         single = Run(whole, "single", {}).record(data, out, seed, device, report)
@@ -155,8 +155,7 @@ class Run:
         pl.seed_everything(seed, verbose=False)
         stream = self.protocol.stream(data, seed)
         module = self.protocol.module()
-        if isinstance(self.protocol, Games) and self.protocol.best is not None:
-            ceilings = [self.protocol.best] * self.protocol.tasks
+        ceilings = self.protocol.ceilings or ceilings
         watch = _Watch(self, seed, report, ceilings)
         R = torch.full((len(stream), len(stream)), torch.nan)
         if self.method == "joint":
@@ -213,7 +212,7 @@ class Run:
             ACC=round(statistics.mean(scores), 4),
             R=R,
             seconds=round(sum(record.seconds for record in records), 3),
-            ceilings=returns if games.best is None else [games.best] * games.tasks,
+            ceilings=games.ceilings or returns,
             curves={name: points for record in records for name, points in record.curves.items()},
         )
 
@@ -228,9 +227,7 @@ class Run:
         """R of a network that learns task after task."""
         callbacks = [watch.method, watch.curves, watch]
         if unfinished is not None:
-            # An epoch of a game may take as long as a whole task.
-            every = 1 if isinstance(self.protocol, Games) else self.protocol.epochs
-            callbacks.append(_saves(unfinished, every))
+            callbacks.append(_saves(unfinished, self.protocol.save_every))
             if isinstance(self.protocol, Games):
                 callbacks.append(KeepAgents(unfinished.with_suffix(""), self.protocol))
         with tempfile.TemporaryDirectory() as scratch:
@@ -239,13 +236,8 @@ class Run:
                 accelerator=device,
                 default_root_dir=scratch,
                 enable_checkpointing=unfinished is not None,
-                # The boundaries validate by themselves, and nothing else needs to.
                 num_sanity_val_steps=0,
-                check_val_every_n_epoch=(
-                    self.protocol.validate_every
-                    if isinstance(self.protocol, Games)
-                    else stream.remaining_epochs + 1
-                ),
+                check_val_every_n_epoch=self.protocol.validate_every,
             )
             begun = unfinished if unfinished is not None and unfinished.exists() else None
             trainer.fit(module, datamodule=stream, ckpt_path=begun)

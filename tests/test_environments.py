@@ -251,20 +251,25 @@ def test_a_fit_resumed_in_the_middle_of_a_game_ends_as_the_unbroken_one(tmp_path
     assert second.tasks_learned == 2
 
 
+class StayFrozen(pl.Callback):
+    """Looks after each step whether what the first task froze is as it was."""
+
+    def __init__(self, blip):
+        self.blip, self.before = blip, None
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.blip.tasks_learned:
+            codes = {
+                name: state.frozen_code(dict(pl_module.named_parameters())[name])
+                for name, state in self.blip._network.parameters.items()
+            }
+            self.before = self.before or codes
+            assert same(codes, self.before)
+
+
 def test_frozen_bits_stay_through_the_games_that_follow():
-    class Frozen(pl.Callback):
-        before = None
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if blip.tasks_learned:
-                codes = {
-                    name: state.frozen_code(dict(pl_module.named_parameters())[name])
-                    for name, state in blip._network.parameters.items()
-                }
-                self.before = self.before or codes
-                assert same(codes, self.before)
-
-    blip, frozen = BLIP(prior=1e-6, pull=0.0, damping=0.0), Frozen()
+    blip = BLIP(prior=1e-6, pull=0.0, damping=0.0)
+    frozen = StayFrozen(blip)
     fit(sequence(), agent(), [blip, frozen])
     assert sum(int((bits > 0).sum()) for bits in blip.bits().values()) > 10
     assert set(frozen.before) == {"body.0.weight", "body.0.bias"}

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageSequence
 
@@ -18,6 +17,7 @@ from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, ForgettingCurves
 from lightning_blip.environments import Episodes
 from tests.test_boundaries import same
+from tests.test_environments import StayFrozen
 
 SIZES = {
     "num_envs": 2, "rollout_steps": 16, "updates_per_epoch": 2, "passes": 2, "batch_size": 16, "episodes": 2,
@@ -141,22 +141,11 @@ def test_speeds_are_told_one_a_line(capsys):
 
 
 def test_two_games_of_atari_are_learned_and_what_the_first_froze_stays_in_the_second():
-    class Frozen(pl.Callback):
-        before = None
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if blip.tasks_learned:
-                codes = {
-                    name: state.frozen_code(dict(pl_module.named_parameters())[name])
-                    for name, state in blip._network.parameters.items()
-                }
-                self.before = self.before or codes
-                assert same(codes, self.before)
-
     torch.manual_seed(0)
     games = atari.short(["Riverraid", "SpaceInvaders"], 512)
     games = replace(games, options={**games.options, "episodes": 2})
-    blip, frozen, curves = BLIP(), Frozen(), ForgettingCurves("val_return")
+    blip, curves = BLIP(), ForgettingCurves("val_return")
+    frozen = StayFrozen(blip)
     trainer = quiet_trainer([blip, frozen, curves], num_sanity_val_steps=0, check_val_every_n_epoch=9)
     trainer.fit(games.module(), datamodule=games.stream(None, seed=0))
     assert blip.tasks_learned == 2

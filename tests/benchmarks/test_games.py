@@ -12,6 +12,7 @@ from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
 from benchmarks.record import Record
 from benchmarks.results import Row, section, verdict
+from tests.benchmarks.test_run import break_off_and_go_on
 
 
 def quiet(*_):
@@ -95,18 +96,8 @@ def test_a_record_holds_the_curve_of_each_game(games, tmp_path):
 
 def test_a_run_that_was_broken_off_within_a_game_goes_on_after_the_last_epoch(tmp_path):
     stream = run.Run(short("cartpole", 2), "blip", {})
-    told = []
-
-    def break_off(where, share):
-        told.append(where)
-        if "task 2 of 2, epoch 2" in where:
-            raise KeyboardInterrupt
-
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        stream.record(tmp_path, tmp_path, 0, report=break_off)
-    again = []
-    record = stream.record(tmp_path, tmp_path, 0, report=lambda where, _: again.append(where))
-    assert [where.split(": ")[1].split(", ")[:2] for where in again] == [["task 2 of 2", "epoch 2 of 2"]]
+    record, _, _, again = break_off_and_go_on(stream, tmp_path, tmp_path, "task 2 of 2, epoch 2")
+    assert [where.split(": ")[1].split(", ")[:2] for where, _ in again] == [["task 2 of 2", "epoch 2 of 2"]]
     unbroken = stream.learn(tmp_path, 0, report=quiet)
     assert replace(record, seconds=0.0) == replace(unbroken, seconds=0.0)
 

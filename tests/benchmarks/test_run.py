@@ -138,21 +138,27 @@ def test_forward_transfer_is_counted_from_the_untrained_network(runner, witnesse
     assert record["FWT"] == pytest.approx(record["R"][0][1] - at_first, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["blip-kronecker", "si"])
-def test_a_run_that_was_broken_off_goes_on_after_the_last_task(method, data, tmp_path):
-    stream = run.Run(replace(PROTOCOLS["permuted_mnist"], tasks=3, epochs=1), method, {})
-    told = []
+def break_off_and_go_on(stream, data, out, at):
+    """A run's record, what it said until it broke off, the files that it left, and what it said again."""
+    told, again = [], []
 
     def break_off(where, share):
-        told.append(where)
-        if "task 3" in where:
+        told.append((where, share))
+        if at in where:
             raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        stream.record(data, tmp_path, 0, report=break_off)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".ckpt"]
-    again = []
-    record = stream.record(data, tmp_path, 0, report=lambda where, share: again.append((where, share)))
+        stream.record(data, out, 0, report=break_off)
+    left = [path.suffix for path in out.iterdir()]
+    record = stream.record(data, out, 0, report=lambda where, share: again.append((where, share)))
+    return record, told, left, again
+
+
+@pytest.mark.parametrize("method", ["blip-kronecker", "si"])
+def test_a_run_that_was_broken_off_goes_on_after_the_last_task(method, data, tmp_path):
+    stream = run.Run(replace(PROTOCOLS["permuted_mnist"], tasks=3, epochs=1), method, {})
+    record, told, left, again = break_off_and_go_on(stream, data, tmp_path, "task 3")
+    assert left == [".ckpt"]
     assert len(told) == 3
     assert [share for _, share in again] == [1.0]
     assert "task 3 of 3" in again[0][0]
