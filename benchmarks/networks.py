@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -216,6 +217,13 @@ class Classifier(pl.LightningModule):
         self.body = body
         self.head = head
         self._make_optimizer = optimizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module, without looking for parameters in what Lightning notes 44 times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,8 @@ class KroneckerBits(Paced):
     With F ≈ G ⊗ A summed over tasks, A = U_A·diag(α)·U_Aᵀ and G = U_G·diag(γ)·U_Gᵀ, the coordinates
     ω = U_Gᵀ·(θ − θ*)·U_A have the precisions S = S_0 + γ·αᵀ/t. As θ in the diagonal basis, each coordinate
     has ½·log2(S/S_0) frozen bits, rounded, which leave it ±B·2^−bits: its cell, around 0, since the basis
-    turns at each boundary. Bits and precisions follow from the eigenvalues: they take no memory.
+    turns at each boundary; without any it is free. Bits and precisions follow from the eigenvalues: they take
+    no memory.
 
     Beside the anchor it holds in² + out² numbers, however many tasks; with a ``rank``, at most
     rank·(in + out): of the directions that matter least only the mean of their eigenvalues is kept, by which
@@ -115,8 +117,9 @@ class KroneckerBits(Paced):
 
     @property
     def width(self) -> Tensor:
-        """How far each coordinate may be from 0, (l, k)."""
-        return self.bound * torch.exp2(-self.bits.to(self.anchor.dtype))
+        """How far each coordinate may be from 0, (l, k): as far as it likes without frozen bits."""
+        bits = self.bits
+        return (self.bound * torch.exp2(-bits.to(self.anchor.dtype))).masked_fill(bits == 0, math.inf)
 
     def hold_back(self, parameters: Sequence[Tensor], pull: float) -> None:
         """Pulls a layer and keeps it in its cells, in place.
@@ -141,17 +144,57 @@ class KroneckerBits(Paced):
         Returns:
             Another.
         """
-        delta, U_G, U_A, width = theta - self.anchor, self.output_basis, self.input_basis, self.width
+        delta = theta - self.anchor
+        if not self._is_whole:
+            return theta - self._removed_with_rest(delta, pull)
+        for block in self._blocks(pull):
+            U_G, U_A = block.output_basis, block.input_basis
+            removed = block._removed(torch.linalg.multi_dot([U_G.T, delta, U_A]), pull)
+            theta = theta - torch.linalg.multi_dot([U_G, removed, U_A.T])
+        return theta
+
+    def _blocks(self, pull: float) -> Iterator[KroneckerBits]:
+        """The coordinates with frozen bits, and those that the pull moves by more than a rounding error.
+
+        The eigenvalues fall, so these are the fewer columns the further down the row: all of them lie in the
+        first rows, as far as those go, and in the first columns of the rows below. In large layers that is
+        the smaller part, which takes the smaller part of the products.
+        """
+        noticed = torch.finfo(self.anchor.dtype).eps / 2 / max(pull, 1e-30)
+        # Half of what freezes a bit: rounding is not to hide one.
+        least = min(noticed, self.prior / 2) * max(self.tasks, 1)
+        gamma, alpha = self.output_values.cpu(), self.input_values.cpu()
+        columns = torch.cat([torch.searchsorted(-alpha, -least / gamma), torch.zeros(1, dtype=torch.int64)])
+        rows = int((columns + torch.arange(len(columns))).argmin())
+        if rows:
+            yield self._block(slice(rows), slice(int(columns[0])))
+        yield self._block(slice(rows, None), slice(int(columns[rows])))
+
+    def _block(self, rows: slice, columns: slice) -> KroneckerBits:
+        return replace(
+            self,
+            output_basis=self.output_basis[:, rows],
+            output_values=self.output_values[rows],
+            input_basis=self.input_basis[:, columns],
+            input_values=self.input_values[columns],
+        )
+
+    def _removed(self, omega: Tensor, pull: float) -> Tensor:
+        """What pull and cells take from the coordinates."""
+        width = self.width
+        return omega - (omega / (1 + pull * self.information)).clamp(-width, width)
+
+    def _removed_with_rest(self, delta: Tensor, pull: float) -> Tensor:
+        """What they take from a matrix, minus the anchor, where only the mean is known of most directions."""
+        U_G, U_A = self.output_basis, self.input_basis
         along_outputs = U_G.T @ delta
         omega = along_outputs @ U_A
-        removed = omega - (omega / (1 + pull * self.information)).clamp(-width, width)
-        if self._is_whole:
-            return theta - U_G @ removed @ U_A.T
         # s/(1 + s) of what lies along kept outputs alone, along kept inputs alone, and along neither.
         outputs, inputs, rest = (1 - 1 / (1 + pull * one) for one in self._information_of_rest)
-        inside = (removed - rest * omega) @ U_A.T + (outputs - rest) * (along_outputs - omega @ U_A.T)
+        inside = (self._removed(omega, pull) - rest * omega) @ U_A.T
+        inside += (outputs - rest) * (along_outputs - omega @ U_A.T)
         outside = (inputs - rest) * (delta @ U_A - U_G @ omega) @ U_A.T
-        return theta - U_G @ inside - outside - rest * delta
+        return U_G @ inside + outside + rest * delta
 
     def consolidate(self, theta: Tensor, factors: Factors) -> Tensor:
         """Adds what a task told, and anchors the matrix where it is.

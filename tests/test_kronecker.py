@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_blip import BLIP
 from lightning_blip.fisher import diagonal_fisher
@@ -125,6 +126,37 @@ def test_no_coordinate_leaves_its_cell():
     assert (omega.abs() <= frozen.width * (1 + 1e-6)).all()
     assert (omega.abs() > frozen.width * (1 - 1e-6)).sum() > 5
     torch.testing.assert_close(frozen.held_back(held, pull=0.0), held)
+
+
+def large_layer():
+    """One of 60 by 80 whose eigenvalues fall fast, as those of large layers do, and a step of it."""
+    generator = torch.Generator().manual_seed(0)
+    G, A = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator))[0] * torch.logspace(1, -9, n)
+        for n in (60, 80)
+    )
+    theta = torch.zeros(60, 80)
+    frozen = KroneckerBits.of(theta, bound=1.0, prior=1e-3)
+    frozen.consolidate(theta, Factors(A @ A.T, G @ G.T))
+    return frozen, torch.randn(60, 80, generator=generator)
+
+
+@pytest.mark.parametrize("pull", [0.0, 1e-4, 2.0, 1e6])
+def test_what_hardly_any_task_uses_may_be_left_out_of_the_sums(pull):
+    frozen, step = large_layer()
+    omega = frozen.output_basis.T @ step @ frozen.input_basis
+    width = torch.where(frozen.bits > 0, 0.5 ** frozen.bits.float(), torch.inf)
+    held = (omega / (1 + pull * frozen.information)).clamp(-width, width)
+    expected = frozen.output_basis @ held @ frozen.input_basis.T
+    torch.testing.assert_close(frozen.held_back(step, pull), expected, atol=3e-6, rtol=0)
+    assert 0 < (frozen.bits > 0).float().mean() < 0.5
+
+
+def test_what_hardly_any_task_uses_takes_no_products():
+    frozen, step = large_layer()
+    with FlopCounterMode(display=False) as counter:
+        frozen.held_back(step, pull=0.1)
+    assert 0 < counter.get_total_flops() < 0.5 * 2 * (2 * 60 * 80 * (60 + 80))
 
 
 def test_predicted_forgetting_is_the_quadratic_form_of_the_mean_over_tasks():
