@@ -26,6 +26,14 @@ def flattening_mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), mlp(sizes))
 
 
+class Dropout(nn.Dropout):
+    """Drawn from uniform numbers, which a CPU takes a third of the time for that it takes for Bernoulli's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A share p of the values is 0, and the others make up for it."""
+        return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p) if self.training else x
+
+
 def alexnet(
     width: float = 1.0, size: int = 32, hidden: Sequence[int] | None = None, dropout: float = 0.2
 ) -> nn.Sequential:
@@ -44,14 +52,14 @@ def alexnet(
         layers += [
             nn.Conv2d(channels[i], channels[i + 1], kernel),
             nn.ReLU(),
-            nn.Dropout(share),
+            Dropout(share),
             nn.MaxPool2d(2),
         ]
         size = (size - kernel + 1) // 2
     layers.append(nn.Flatten())
     inputs = channels[-1] * size**2
     for outputs in hidden or 2 * [round(width * 2048)]:
-        layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(), Dropout(dropout)]
         inputs = outputs
     return nn.Sequential(*layers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -328,7 +329,7 @@ class _Permute:
     order: Tensor
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return inputs.flatten(1)[:, self.order].view(inputs.shape)
+        return inputs.flatten(1).index_select(1, self.order).view(inputs.shape)
 
 
 @dataclass(frozen=True)
@@ -337,15 +338,21 @@ class _Rotate:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         images = inputs.view(len(inputs), -1, *inputs.shape[-2:]).float()
-        angle = torch.deg2rad(torch.tensor(self.degrees))
-        cos, sin = torch.cos(angle), torch.sin(angle)
-        height, width = images.shape[-2:]
-        # affine_grid works in coordinates from −1 to 1: the ratio keeps a turn a turn where H ≠ W.
-        turn = torch.stack(
-            [
-                torch.stack([cos, -sin * height / width, torch.zeros(())]),
-                torch.stack([sin * width / height, cos, torch.zeros(())]),
-            ]
-        )
-        grid = F.affine_grid(turn.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+        grid = _turned_grid(self.degrees, *images.shape[-2:]).expand(len(images), -1, -1, -1)
         return F.grid_sample(images, grid, align_corners=False).view(inputs.shape)
+
+
+# A batch of ten is sampled in a fifth of the time that it takes to make the grid.
+@lru_cache
+def _turned_grid(degrees: float, height: int, width: int) -> Tensor:
+    """Where a turned image takes its values from, (1, height, width, 2)."""
+    angle = torch.deg2rad(torch.tensor(degrees))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # affine_grid works in coordinates from −1 to 1: the ratio keeps a turn a turn where H ≠ W.
+    turn = torch.stack(
+        [
+            torch.stack([cos, -sin * height / width, torch.zeros(())]),
+            torch.stack([sin * width / height, cos, torch.zeros(())]),
+        ]
+    )
+    return F.affine_grid(turn[None], [1, 1, height, width], align_corners=False)

@@ -49,8 +49,9 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.axes: dict[str, str] = {}
         self.artifacts: list[Any] = []
-        for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime):
-            for record in _ended(path):
+        ended = [_ended(run) for run in folder.rglob("offline-run-*")]
+        for path in sorted(ended, key=lambda path: path.stat().st_mtime):
+            for record in records(path):
                 self._take(record)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
@@ -69,12 +70,13 @@ class OfflineRun:
             self.artifacts.append(record.artifact)
 
 
-def _ended(path: Path) -> list[Record]:
-    """All records of a run that was finished: another process writes them, its exit last."""
+def _ended(run: Path) -> Path:
+    """The file of a run that was finished: another process makes and writes it, the run's exit last."""
+    path = run / f"run-{run.name.split('-', 3)[3]}.wandb"
     for _ in range(600):
-        found = list(records(path))
+        found = list(records(path)) if path.exists() else []
         if found and found[-1].WhichOneof("record_type") == "exit":
-            return found
+            return path
         time.sleep(0.1)
     raise TimeoutError(f"{path} has no end")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import networks
@@ -189,14 +190,25 @@ def test_classes_are_drawn_from_the_seed(name, source, size, data):
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes"), [((784,), [2_000, 100]), ((3, 32, 32), [2_000, 100]), ((3, 84, 84), 7 * [290] + [70])]
+    ("shape", "sizes"), [((784,), [255, 45]), ((3, 32, 32), 4 * [65] + [40]), ((3, 84, 84), 9 * [32] + [12])]
 )
 def test_large_images_are_validated_fewer_at_a_time(shape, sizes, data):
     stream = PROTOCOLS["split_mnist"].stream(data, seed=0)
-    many = TensorDataset(torch.zeros(1).expand(2_100, *shape), torch.zeros(2_100))
+    many = TensorDataset(torch.zeros(1).expand(300, *shape), torch.zeros(300))
     stream.tasks[0] = replace(stream.tasks[0], val=MappedDataset(many))
     (loader,) = stream.val_dataloader()
     assert [len(x) for x, _ in loader] == sizes
+
+
+def test_dropout_is_that_of_torch():
+    torch.manual_seed(0)
+    x = torch.full((8, 16, 20, 20), 3.0).to(memory_format=torch.channels_last)
+    ours, theirs = networks.Dropout(0.2), nn.Dropout(0.2)
+    for module in (ours, theirs):
+        assert set(module(x).unique().tolist()) == {0.0, 3.75}
+        assert module(x).eq(0).float().mean() == pytest.approx(0.2, abs=0.01)
+        assert module(x).is_contiguous(memory_format=torch.channels_last)
+        assert module.eval()(x) is x
 
 
 @pytest.mark.parametrize("name", ["split_mnist", "five_sets", "mini_imagenet_alexnet"])
