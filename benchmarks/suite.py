@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import statistics
@@ -24,8 +25,9 @@ from benchmarks.plan import PARTS, Entry, Job
 from benchmarks.record import Record
 from benchmarks.run import STREAMS
 
-# Of the C library: workers keep freed memory, which to get anew takes 7 % of the time of convolutions.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# Of the C library: workers keep the memory that they free, but for that of whole data sets. To get it anew
+# takes convolutions 7 % of their time.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 class Suite:
@@ -125,6 +127,8 @@ class Suite:
 def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[Path, str, float]]) -> None:
     path = job.path(out)
     job.run.record(data, out, job.seed, device, lambda where, share: told.put((path, where, share)))
+    # The data of a run is held in circles of references.
+    gc.collect()
 
 
 def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
