@@ -240,7 +240,7 @@ class KroneckerBits(Paced):
             of_inputs = along_inputs.square().sum(0) - omega.square().sum(0)
             of_rest = delta.square().sum() - omega.square().sum() - of_outputs.sum() - of_inputs.sum()
             cost += (outputs[:, 0] * of_outputs).sum() + (inputs * of_inputs).sum() + rest * of_rest
-        at_walls = (self.bits > 0) & (omega.abs() >= self.width)
+        at_walls = omega.abs() >= self.width
         return 0.5 * float(cost) / max(self.tasks, 1), int(at_walls.sum())
 
     @property

@@ -50,8 +50,8 @@ class OfflineRun:
         self.axes: dict[str, str] = {}
         self.artifacts: list[Any] = []
         ended = [_ended(run) for run in folder.rglob("offline-run-*")]
-        for path in sorted(ended, key=lambda path: path.stat().st_mtime):
-            for record in records(path):
+        for _, found in sorted(ended, key=lambda run: run[0]):
+            for record in found:
                 self._take(record)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
@@ -70,13 +70,13 @@ class OfflineRun:
             self.artifacts.append(record.artifact)
 
 
-def _ended(run: Path) -> Path:
-    """The file of a run that was finished: another process makes and writes it, the run's exit last."""
+def _ended(run: Path) -> tuple[float, list[Record]]:
+    """When a run was finished, and all its records: another process writes them to a file, its exit last."""
     path = run / f"run-{run.name.split('-', 3)[3]}.wandb"
     for _ in range(600):
         found = list(records(path)) if path.exists() else []
         if found and found[-1].WhichOneof("record_type") == "exit":
-            return path
+            return path.stat().st_mtime, found
         time.sleep(0.1)
     raise TimeoutError(f"{path} has no end")
 
