@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 _FILE_HEADER = 7
@@ -49,10 +50,11 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.axes: dict[str, str] = {}
         self.artifacts: list[Any] = []
-        ended = [_ended(run) for run in folder.rglob("offline-run-*")]
-        for _, found in sorted(ended, key=lambda run: run[0]):
-            for record in found:
-                self._take(record)
+        # To finish a run is not to wait for its file, which another process writes.
+        wandb.teardown()
+        runs = [list(records(path)) for path in folder.rglob("*.wandb")]
+        for record in chain.from_iterable(sorted(runs, key=_started)):
+            self._take(record)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
         """All points of a chart."""
@@ -70,15 +72,8 @@ class OfflineRun:
             self.artifacts.append(record.artifact)
 
 
-def _ended(run: Path) -> tuple[float, list[Record]]:
-    """When a run was finished, and all its records: another process writes them to a file, its exit last."""
-    path = run / f"run-{run.name.split('-', 3)[3]}.wandb"
-    for _ in range(600):
-        found = list(records(path)) if path.exists() else []
-        if found and found[-1].WhichOneof("record_type") == "exit":
-            return path.stat().st_mtime, found
-        time.sleep(0.1)
-    raise TimeoutError(f"{path} has no end")
+def _started(run: list[Record]) -> int:
+    return min(one.run.start_time.ToMicroseconds() for one in run if one.HasField("run"))
 
 
 def _values(items: Any) -> dict[str, Any]:
