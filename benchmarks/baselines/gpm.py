@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.baselines.parameters import tracked
 from lightning_blip import Task
@@ -60,11 +62,18 @@ class GPM(pl.Callback):
         self.samples = samples
         self._memory: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
+        self._old: dict[str, Tensor] = {}  # (G·M)·Mᵀ, of linear maps
+        self._watches: list[RemovableHandle] = []
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Finds the layers."""
+        """Finds the layers, and watches the linear maps among them."""
         self._layers = _layers(pl_module)
         self._memory = {name: M.to(self._layers[name].weight.device) for name, M in self._memory.items()}
+        self._watches = [
+            self._layers[name].register_forward_hook(partial(self._watch, name))
+            for name in self._memory
+            if isinstance(self._layers[name], nn.Linear)
+        ]
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -74,18 +83,24 @@ class GPM(pl.Callback):
         for name, M in self._memory.items():
             gradients = [cast(Tensor, theta.grad) for theta in self._layers[name].parameters()]
             parts = [gradient.reshape(len(gradient), -1) for gradient in gradients]
-            old = (torch.cat(parts, 1) @ M @ M.T).split([part.shape[1] for part in parts], 1)
-            for gradient, part in zip(gradients, old, strict=True):
+            old = self._old.pop(name) if name in self._old else torch.cat(parts, 1) @ M @ M.T
+            olds = old.split([part.shape[1] for part in parts], 1)
+            for gradient, part in zip(gradients, olds, strict=True):
                 gradient -= part.reshape_as(gradient)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Takes in the directions of the task that was just learned."""
+        self._unwatch()
         batches = sequence(trainer).task_dataloader()
         inputs = layer_inputs(pl_module, self._layers, batches, self.samples)
         for index, (name, R) in enumerate(inputs.items()):
             M = self._memory.get(name, R.new_zeros(len(R), 0)).to(R.dtype)
             grown = grow_basis(M, R, self.threshold if index else self.first_threshold)
             self._memory[name] = grown.to(self._layers[name].weight.dtype)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Watches no longer."""
+        self._unwatch()
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: goes into every checkpoint."""
@@ -94,6 +109,20 @@ class GPM(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what was saved."""
         self._memory = state_dict["memory"]
+
+    def _watch(self, name: str, layer: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(partial(self._note, name, _rows(layer, args[0].detach())))
+
+    def _unwatch(self) -> None:
+        for watch in self._watches:
+            watch.remove()
+
+    def _note(self, name: str, X: Tensor, dY: Tensor) -> None:
+        """As G is dYᵀ·X, and a batch has fewer samples than a layer outputs: to project X takes less."""
+        M = self._memory[name]
+        old = dY.flatten(0, -2).T @ (X @ M @ M.T)
+        self._old[name] = self._old[name] + old if name in self._old else old
 
 
 def layer_inputs(

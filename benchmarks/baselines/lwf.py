@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.networks import Classifier
 from lightning_blip import Task, TaskHeads
@@ -21,9 +22,8 @@ class LwF(pl.Callback):
 
     p* and p are softmax(z/T) of the logits z that a frozen copy of the network, made after the last task, and
     the network itself give of the inputs of the current batch: with heads per task through the head of each
-    old task, else through the shared head. The divergence is averaged over samples, and over old heads. Its
-    gradient is added to that of the loss before each step; it takes one more pass over the batch, in which
-    dropout draws anew and running statistics of norms take the batch in again.
+    old task, else through the shared head. The divergence is averaged over samples, and over old heads, and
+    is added to the loss of what the network has made of the batch already.
 
     Args:
         strength: λ.
@@ -45,40 +45,36 @@ class LwF(pl.Callback):
         self._teacher: nn.ModuleList | None = None
         self._saved: dict[str, Tensor] = {}  # what a checkpoint holds of a teacher that is yet to be made
         self._tasks = 0
-        self._inputs = torch.empty(0)
+        self._seen = (torch.empty(0), torch.empty(0))  # the last inputs of the body, and what it made of them
+        self._watch: RemovableHandle | None = None
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Makes the copy that a checkpoint brought, if one did."""
+        """Makes the copy that a checkpoint brought, if one did, and watches the body."""
         self._tasks = task.index
         if self._saved:
             self._teacher = _frozen_copy(pl_module)
             self._teacher.load_state_dict(self._saved)
             self._saved = {}
+        self._watch = cast(Classifier, pl_module).body.register_forward_hook(self._note)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes the inputs."""
-        self._inputs = batch[0]
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Adds the divergence's gradient."""
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Adds the divergence to the loss, in place."""
         if self._teacher is None:
             return
-        targets = old_logits(self._teacher, self._inputs, self._tasks)
-        logits = old_logits(_parts(pl_module), self._inputs, self._tasks)
-        penalty = self.strength * distillation(logits, targets, self.temperature)
-        parameters = [theta for theta in pl_module.parameters() if theta.requires_grad]
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        for theta, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                theta.grad = gradient if theta.grad is None else theta.grad + gradient
+        body, head = self._teacher
+        x, features = self._seen
+        targets = old_logits(head, body(x), self._tasks)
+        logits = old_logits(cast(Classifier, pl_module).head, features, self._tasks)
+        loss += self.strength * distillation(logits, targets, self.temperature)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Keeps the network as it is now."""
+        self._unwatch()
         self._teacher = _frozen_copy(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Watches no longer."""
+        self._unwatch()
 
     def state_dict(self) -> dict[str, Any]:
         """The network after the last task: goes into every checkpoint."""
@@ -88,22 +84,27 @@ class LwF(pl.Callback):
         """Goes on from what was saved."""
         self._saved = state_dict["learned"]
 
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
 
-def old_logits(parts: nn.ModuleList, x: Tensor, tasks: int) -> list[Tensor]:
+    def _note(self, body: nn.Module, args: tuple[Tensor, ...], features: Tensor) -> None:
+        self._seen = (args[0], features)
+
+
+def old_logits(head: nn.Module, features: Tensor, tasks: int) -> list[Tensor]:
     """The logits of the heads of the first tasks, or those of the shared head.
 
     The heads are called by themselves: to make another one active would take gradients from the others.
 
     Args:
-        parts: A body and a head.
-        x: Inputs.
+        head: ``TaskHeads``, or a layer.
+        features: Its inputs.
         tasks: How many are learned.
 
     Returns:
         Logits, one tensor for each head.
     """
-    body, head = parts
-    features = body(x)
     heads = list(head.heads)[:tasks] if isinstance(head, TaskHeads) else [head]
     return [layer(features) for layer in heads]
 
@@ -122,10 +123,6 @@ def distillation(logits: Sequence[Tensor], targets: Sequence[Tensor], temperatur
     return temperature**2 * torch.stack(divergences).mean()
 
 
-def _parts(pl_module: pl.LightningModule) -> nn.ModuleList:
-    classifier = cast(Classifier, pl_module)
-    return nn.ModuleList([classifier.body, classifier.head])
-
-
 def _frozen_copy(pl_module: pl.LightningModule) -> nn.ModuleList:
-    return deepcopy(_parts(pl_module)).eval().requires_grad_(False)
+    classifier = cast(Classifier, pl_module)
+    return nn.ModuleList([deepcopy(classifier.body), deepcopy(classifier.head)]).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from benchmarks.baselines import GPM, FineTuning
 from benchmarks.baselines.gpm import grow_basis, layer_inputs
 from lightning_blip import TaskHeads, TaskSequenceDataModule
 from tests.benchmarks.learning import learn
-from tests.networks import Net
+from tests.networks import Net, pairs
 
 
 class ConvNet(Net):
@@ -95,6 +95,29 @@ def test_inputs_are_what_the_layer_multiplies_with_its_weights(layer):
     assert module.training
     assert not layer._forward_pre_hooks
     assert torch.is_grad_enabled()
+
+
+def test_gradients_of_linear_maps_are_those_without_what_lies_in_the_memory(tmp_path):
+    gpm = GPM(threshold=0.7, first_threshold=0.7)
+    module = learn(gpm, folder=tmp_path, max_epochs=2)
+    x, y = torch.randn(3, 16, 8)[:2]
+    G = gradients_of(module, x, y)
+    gpm.on_task_start(None, module, pairs().tasks[1])
+    gradients_of(module, x, y)
+    gpm.on_before_optimizer_step(None, module, None)
+    for name, M in gpm.state_dict()["memory"].items():
+        layer = module.get_submodule(name)
+        whole = torch.cat([G[f"{name}.weight"], G[f"{name}.bias"][:, None]], 1)
+        left = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+        assert 0 < M.shape[1] < len(M)
+        torch.testing.assert_close(left, whole - whole @ M @ M.T)
+
+
+def gradients_of(module, x, y):
+    """By name, of a loss that takes two passes."""
+    module.zero_grad()
+    (module(x).square().sum() + module(y).square().sum()).backward()
+    return {name: theta.grad.clone() for name, theta in module.named_parameters()}
 
 
 def held(M, R):
