@@ -45,7 +45,7 @@ class LwF(pl.Callback):
         self._teacher: nn.ModuleList | None = None
         self._saved: dict[str, Tensor] = {}  # what a checkpoint holds of a teacher that is yet to be made
         self._tasks = 0
-        self._seen = (torch.empty(0), torch.empty(0))  # the last inputs of the body, and what it made of them
+        self._seen: tuple[Tensor, ...] = ()  # the last inputs of the body, and what it made of them
         self._watch: RemovableHandle | None = None
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
@@ -85,6 +85,7 @@ class LwF(pl.Callback):
         self._saved = state_dict["learned"]
 
     def _unwatch(self) -> None:
+        self._seen = ()
         if self._watch is not None:
             self._watch.remove()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import LwF
+from benchmarks.memory import held_bytes
 from lightning_blip import TaskHeads
 from tests.benchmarks.learning import HeadATask, disturb, learn, learn_by_hand
 from tests.networks import Net, pairs
@@ -68,3 +69,9 @@ def test_old_heads_go_on_learning(tmp_path):
     one, two = (learn(LwF(), net=HeadATask, folder=tmp_path, max_epochs=epochs) for epochs in (2, 4))
     assert not torch.equal(one.head.heads[0].weight, two.head.heads[0].weight)
     assert torch.equal(one.head.heads[2].weight, two.head.heads[2].weight)
+
+
+def test_only_the_copy_is_kept(tmp_path):
+    lwf = LwF()
+    module = learn(lwf, folder=tmp_path)
+    assert held_bytes(lwf, module) == sum(theta.nbytes for theta in module.parameters())
