@@ -24,6 +24,8 @@ from tests.offline_run import OfflineRun
 def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # A run that another test left open would be gone on with.
+    wandb.teardown()
 
 
 class Own(Net):
