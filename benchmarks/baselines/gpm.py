@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from benchmarks.baselines.parameters import tracked
 from lightning_blip import Task
@@ -63,17 +62,16 @@ class GPM(pl.Callback):
         self._memory: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
         self._old: dict[str, Tensor] = {}  # (G·M)·Mᵀ, of linear maps
-        self._watches: list[RemovableHandle] = []
+        self._watches = ExitStack()
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Finds the layers, and watches the linear maps among them."""
         self._layers = _layers(pl_module)
         self._memory = {name: M.to(self._layers[name].weight.device) for name, M in self._memory.items()}
-        self._watches = [
-            self._layers[name].register_forward_hook(partial(self._watch, name))
-            for name in self._memory
-            if isinstance(self._layers[name], nn.Linear)
-        ]
+        for name in self._memory:
+            layer = self._layers[name]
+            if isinstance(layer, nn.Linear):
+                self._watches.enter_context(layer.register_forward_hook(partial(self._watch, name)))
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -90,7 +88,7 @@ class GPM(pl.Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Takes in the directions of the task that was just learned."""
-        self._unwatch()
+        self._watches.close()
         batches = sequence(trainer).task_dataloader()
         inputs = layer_inputs(pl_module, self._layers, batches, self.samples)
         for index, (name, R) in enumerate(inputs.items()):
@@ -100,7 +98,7 @@ class GPM(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watches no longer."""
-        self._unwatch()
+        self._watches.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: goes into every checkpoint."""
@@ -113,10 +111,6 @@ class GPM(pl.Callback):
     def _watch(self, name: str, layer: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
         if y.requires_grad:
             y.register_hook(partial(self._note, name, _rows(layer, args[0].detach())))
-
-    def _unwatch(self) -> None:
-        for watch in self._watches:
-            watch.remove()
 
     def _note(self, name: str, X: Tensor, dY: Tensor) -> None:
         """As G is dYᵀ·X, and a batch has fewer samples than a layer outputs: to project X takes less."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from benchmarks.networks import Classifier
 from lightning_blip import Task, TaskHeads
@@ -46,7 +46,7 @@ class LwF(pl.Callback):
         self._saved: dict[str, Tensor] = {}  # what a checkpoint holds of a teacher that is yet to be made
         self._tasks = 0
         self._seen: tuple[Tensor, ...] = ()  # the last inputs of the body, and what it made of them
-        self._watch: RemovableHandle | None = None
+        self._watches = ExitStack()
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Makes the copy that a checkpoint brought, if one did, and watches the body."""
@@ -55,7 +55,7 @@ class LwF(pl.Callback):
             self._teacher = _frozen_copy(pl_module)
             self._teacher.load_state_dict(self._saved)
             self._saved = {}
-        self._watch = cast(Classifier, pl_module).body.register_forward_hook(self._note)
+        self._watches.enter_context(cast(Classifier, pl_module).body.register_forward_hook(self._note))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Adds the divergence to the loss, in place."""
@@ -85,9 +85,8 @@ class LwF(pl.Callback):
         self._saved = state_dict["learned"]
 
     def _unwatch(self) -> None:
+        self._watches.close()
         self._seen = ()
-        if self._watch is not None:
-            self._watch.remove()
 
     def _note(self, body: nn.Module, args: tuple[Tensor, ...], features: Tensor) -> None:
         self._seen = (args[0], features)
