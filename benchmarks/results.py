@@ -39,7 +39,7 @@ is typed by hand but the published ones.
 - **ACC**, **BWT**, **FWT**: average score after the last task, backward transfer over the T − 1 tasks before
   it, forward transfer (the score on a task right before it is learned, less that of the untrained network);
   in %, mean ± standard deviation of the sample over the seeds. A task whose head is new has no forward
-  transfer.
+  transfer. How far one method is ahead of another is counted seed by seed.
 - **bytes**: kept from task to task beside the network, for each of its parameters.
 - **seconds**: of one run, its measurements included. Runs share their machine: a hint, no benchmark.
 - Network, tasks, order of the samples and epochs are the same for all methods of a seed. BLIP runs at its
@@ -170,17 +170,22 @@ def verdict(rows: Sequence[Row], behind: str) -> str:
         behind: Why not, if it is not.
 
     Returns:
-        One or two sentences; nothing if there is nothing to compare.
+        One or two sentences, with the lead over the seeds that both have; nothing if there is nothing
+        to compare.
     """
     ours = [row for row in rows if row.method in _BASES]
     others = [row for row in rows if row.method not in (*_BASES, *_CEILINGS)]
     if not ours or not others:
         return ""
     best, rival = (max(group, key=lambda row: row.acc) for group in (ours, others))
-    ahead = best.acc - rival.acc
-    if ahead > 0:
-        return f"{best.title} is ahead of all others, by {ahead:.2f} points of the next, {rival.title}."
-    return f"{rival.title} is ahead of {best.title} by {-ahead:.2f} points. {behind}".strip()
+    first, second = (best, rival) if best.acc > rival.acc else (rival, best)
+    theirs = {record.seed: record.ACC for record in second.records}
+    lead = [record.ACC - theirs[record.seed] for record in first.records if record.seed in theirs]
+    if not lead:
+        return ""
+    if first is best:
+        return f"{best.title} is ahead of all others, by {spread(lead)} points of the next, {rival.title}."
+    return f"{rival.title} is ahead of {best.title} by {spread(lead)} points. {behind}".strip()
 
 
 def section(part: Part, folder: Path, pictures: Path) -> str:

@@ -85,7 +85,7 @@ def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 300 |" in rows["| online EWC, strength = 30"]
     assert "90.50 ± 0.71" in rows["| BLIP"]
-    assert "ahead of all others, by 10.00 points of the next, online EWC, strength = 30." in text
+    assert "ahead of all others, by 10.00 ± 0.00 points of the next, online EWC, strength = 30." in text
     assert "online EWC, strength = 3: 60.00, 10: 61.00, 30: 75.00, 100: 62.00" in text
     assert (tmp_path / "split_fashion-1-epochs.png").stat().st_size > 10_000
 
@@ -94,8 +94,16 @@ def test_where_another_is_ahead_it_says_so(records):
     rows = [results.row_of(entry, records) for entry in PART.entries]
     rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
     assert results.verdict(rows, "Nothing is forgotten.") == (
-        "fine-tuning is ahead of BLIP by 4.50 points. Nothing is forgotten."
+        "fine-tuning is ahead of BLIP by 5.00 points. Nothing is forgotten."
     )
+
+
+def test_a_lead_is_counted_seed_by_seed(records):
+    _, ewc, blip, _ = (results.row_of(entry, records) for entry in PART.entries)
+    first, second = blip.records
+    said = results.verdict([ewc, replace(blip, records=[first, replace(second, ACC=first.ACC)])], "")
+    assert "BLIP is ahead of all others, by 9.50 ± 0.71 points of the next, " in said
+    assert results.verdict([replace(ewc, records=ewc.records[:1]), replace(blip, records=[second])], "") == ""
 
 
 def test_a_table_says_what_makes_it_where_and_how_long_that_takes(records, tmp_path, monkeypatch):
