@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ _TABLES = {
 }
 _HEAD = """# Results
 
-Written by `python -m benchmarks.results` from the files in `benchmarks/records`, one for each run: no figure
-is typed by hand but the published ones.
+Written by `python -m benchmarks.results` from the records alone, one for each run: no figure is typed by hand
+but the published ones.
 
 - **ACC**, **BWT**, **FWT**: average score after the last task, backward transfer over the T − 1 tasks before
   it, forward transfer (the score on a task right before it is learned, less that of the untrained network);
@@ -188,13 +189,14 @@ def verdict(rows: Sequence[Row], behind: str) -> str:
     return f"{rival.title} is ahead of {best.title} by {spread(lead)} points. {behind}".strip()
 
 
-def section(part: Part, folder: Path, pictures: Path) -> str:
+def section(part: Part, folder: Path, pictures: Path, links: str) -> str:
     """A stream: its table, what it says, and the picture.
 
     Args:
         part: The stream.
         folder: Of the records.
         pictures: Folder that the picture goes to.
+        links: That folder, as the table's links name it.
 
     Returns:
         Markdown; nothing if there are no records.
@@ -211,14 +213,14 @@ def section(part: Part, folder: Path, pictures: Path) -> str:
         f"{protocol.description}. Here: {protocol.tasks} tasks, {protocol.epochs} epochs each.",
         markdown_table(header, [row.cells() for row in rows]),
         verdict(rows, part.behind),
-        f"![{part.stream}](../docs/results/{name}.png)",
-        *_of_games(rows, pictures / f"{name}-curves.png"),
+        f"![{part.stream}]({links}/{name}.png)",
+        *_of_games(rows, pictures / f"{name}-curves.png", links),
         _searches(part, folder),
     ]
     return "\n\n".join(line for line in lines if line)
 
 
-def _of_games(rows: Sequence[Row], path: Path) -> list[str]:
+def _of_games(rows: Sequence[Row], path: Path, links: str) -> list[str]:
     """What single-task runs come to, and the picture of what each method does over the whole training."""
     lines = []
     for row in rows:
@@ -229,23 +231,24 @@ def _of_games(rows: Sequence[Row], path: Path) -> list[str]:
     players = [row for row in rows if row.curves and row.method not in _CEILINGS]
     if players:
         draw_curves(players, path)
-        lines.append(f"![return of each game over the training](../docs/results/{path.name})")
+        lines.append(f"![return of each game over the training]({links}/{path.name})")
     return lines
 
 
-def table(name: str, folder: Path, pictures: Path) -> str:
+def table(name: str, folder: Path, pictures: Path, links: str) -> str:
     """A chapter: what makes it, where and how long, and its streams.
 
     Args:
         name: Of the table in ``PARTS``.
         folder: Of the records.
         pictures: Folder that the pictures go to.
+        links: That folder, as the table's links name it.
 
     Returns:
         Markdown; nothing if there are no records.
     """
     parts = PARTS[name]
-    sections = [text for part in parts if (text := section(part, folder, pictures))]
+    sections = [text for part in parts if (text := section(part, folder, pictures, links))]
     if not sections:
         return ""
     entries = [entry for part in parts for entry in part.entries]
@@ -386,18 +389,20 @@ def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes RESULTS.md and docs/results."""
+    """Writes the table and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     parser.add_argument("--records", type=Path, default=Path("benchmarks/records"))
     parser.add_argument("--to", type=Path, default=Path("benchmarks/RESULTS.md"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
     options.pictures.mkdir(parents=True, exist_ok=True)
-    tables = [table(name, options.records, options.pictures) for name in PARTS]
+    links = Path(os.path.relpath(options.pictures, options.to.parent)).as_posix()
+    tables = [table(name, options.records, options.pictures, links) for name in PARTS]
     checked = checks(options.records)
     published = f"## Baselines against published figures\n\n{checked}" if checked else ""
     chapters = [text for text in (_HEAD.strip(), *tables, published) if text]
     options.to.write_text("\n\n".join(chapters) + "\n")
+    print(f"Written: {options.to}, with its pictures in {options.pictures}")
 
 
 if __name__ == "__main__":

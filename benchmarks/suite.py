@@ -29,6 +29,8 @@ from benchmarks.run import STREAMS
 # takes convolutions 7 % of their time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
+_RECORDS = Path("benchmarks/records")
+
 
 class Suite:
     """The runs that are under way and those to come.
@@ -58,6 +60,13 @@ class Suite:
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         console = Console()
+        console.print(
+            f"Runs to come: {self._count_left}. "
+            f"Those with a record in {self.out} are done; another --out makes all anew.",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
         with (
             context.Manager() as manager,
             ProcessPoolExecutor(
@@ -93,6 +102,7 @@ class Suite:
         # Streams may share a search.
         self._ready = list({job.path(self.out): job for job in ready}.values())
         to_come = {job.path(self.out): job for entry in self.planned for job in entry.to_come(self.out)}
+        self._count_left = len(to_come)
         self._epochs_left: Counter[str] = Counter()
         for job in to_come.values():
             self._epochs_left[job.run.protocol.name] += job.epochs
@@ -137,23 +147,29 @@ def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, 
 
 
 def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
-    """Of each stream that there are records of from such a machine, whatever its number of threads."""
+    """Of each stream, by its records from such a machine, whatever its number of threads."""
     rates = {}
     model, _, _ = processor.partition(",")
     for stream in streams:
-        records = [Record.read(path) for path in out.glob(f"{stream}-*.json")]
-        here = [record for record in records if record.machine.startswith(model)]
-        if here:
-            rates[stream] = statistics.mean(
-                record.seconds / (record.tasks * record.epochs) for record in here
-            )
+        for folder in (_RECORDS, out):
+            records = [Record.read(path) for path in folder.glob(f"{stream}-*.json")]
+            here = [record for record in records if record.machine.startswith(model)]
+            if here:
+                rates[stream] = statistics.mean(
+                    record.seconds / (record.tasks * record.epochs) for record in here
+                )
     return rates
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/records"), help="folder of the records")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=_RECORDS,
+        help="folder of the records, and of the table and the pictures too if it is another one",
+    )
     parser.add_argument(
         "--table",
         choices=PARTS,
@@ -187,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if options.table == "cuda" else "cpu"
     suite = Suite(planned, options.data, options.out, device, options.processes)
     suite.run()
-    results.main(["--records", str(options.out)])
+    apart = ["--to", f"{options.out}/RESULTS.md", "--pictures", f"{options.out}/pictures"]
+    results.main(["--records", str(options.out), *(apart if options.out != _RECORDS else [])])
     for path, error in suite.failed.items():
         print(f"failed: {path.stem}: {error!r}")
     if suite.failed:

@@ -126,10 +126,10 @@ def test_the_results_show_single_task_returns_and_a_curve_a_game(tmp_path):
                 ceilings=[500.0 + 100 * job.seed] * 3, curves=curves,
             )  # fmt: skip
             record.write(job.path(tmp_path))
-    text = section(part, tmp_path, tmp_path)
+    text = section(part, tmp_path, tmp_path, "pictures")
     said = "Returns of the single-task runs: heavy 275.00 ± 35.36, reversed 330.00 ± 42.43, light 385.00 ±"
     assert said in text
-    assert "![return of each game over the training](../docs/results/cartpole-curves.png)" in text
+    assert "![return of each game over the training](pictures/cartpole-curves.png)" in text
     assert (tmp_path / "cartpole-curves.png").stat().st_size > 10_000
     row = Row(
         "blip", [Record.read(job.path(tmp_path)) for job in Entry(part, "blip").seeds_of_best(tmp_path)]

@@ -64,11 +64,11 @@ def test_a_value_with_which_the_whole_stream_diverges_gives_way_to_the_next_best
     best[1].diverged(records).write_text("not finite")
     assert [job.run.settings for job in entry.left(records)] == [{"strength": 100}] * 2
     assert results.row_of(entry, records) is None
-    text = results.section(PART, records, tmp_path)
+    text = results.section(PART, records, tmp_path, "pictures")
     assert "30: 75.00, which diverged over the whole stream, 100: 62.00" in text
     for job in entry.search:
         job.diverged(records).write_text("not finite")
-    assert "100: diverged." in results.section(PART, records, tmp_path)
+    assert "100: diverged." in results.section(PART, records, tmp_path, "pictures")
 
 
 def test_a_setting_can_be_searched_on_another_stream(tmp_path):
@@ -81,7 +81,7 @@ def test_a_setting_can_be_searched_on_another_stream(tmp_path):
 
 
 def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
-    text = results.section(PART, records, tmp_path)
+    text = results.section(PART, records, tmp_path, "pictures")
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 300 |" in rows["| online EWC, strength = 30"]
     assert "90.50 ± 0.71" in rows["| BLIP"]
@@ -108,14 +108,14 @@ def test_a_lead_is_counted_seed_by_seed(records):
 
 def test_a_table_says_what_makes_it_where_and_how_long_that_takes(records, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PARTS", {"long": (PART,)})
-    text = results.table("long", records, tmp_path)
+    text = results.table("long", records, tmp_path, "pictures")
     made = f"12 runs, one after the other 1.0 hours, on: {machine()}."
     assert f"`make benchmarks DATA=DIR TABLE=long`: {made}" in text
 
 
 def test_what_has_no_records_is_left_out(tmp_path):
-    assert results.section(PART, tmp_path, tmp_path) == ""
-    assert results.table("cpu", tmp_path, tmp_path) == ""
+    assert results.section(PART, tmp_path, tmp_path, "pictures") == ""
+    assert results.table("cpu", tmp_path, tmp_path, "pictures") == ""
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(96.5, "yes"), (90.0, "**no**")])
@@ -150,7 +150,31 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     assert [left for left, _ in where] == [f"0 h 0{minutes} min" for minutes in (4, 3, 2, 1, 0)]
     assert first.path(out).exists()
     assert Record.read(second.path(out)).ACC == 88.0
-    assert "| joint training | 1 | 88.00 | – |" in (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    table = (out / "RESULTS.md").read_text()
+    assert "| joint training | 1 | 88.00 | – |" in table
+    assert "![split_fashion](pictures/split_fashion-1-epochs.png)" in table
+    assert (out / "pictures" / "split_fashion-1-epochs.png").exists()
+    assert said.startswith("Runs to come: 1.")
+    assert f"Written: {out / 'RESULTS.md'}" in said
+
+
+def test_where_all_has_a_record_the_suite_says_so_and_how_it_is_made_anew(part, tmp_path, capsys):
+    records = tmp_path / "benchmarks" / "records"
+    for entry in part.entries:
+        write(records, entry.seeds_of_best(records)[0], 88.0)
+    suite.main([])
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "Runs to come: 0. Those with a record in benchmarks/records are done; another --out makes all"
+    )
+    table = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    assert "![split_fashion](../docs/results/split_fashion-1-epochs.png)" in table
+
+
+def test_in_a_new_folder_the_time_left_is_counted_by_the_records_of_the_repository(part, tmp_path):
+    write(tmp_path / "benchmarks" / "records", part.entries[0].seeds_of_best(tmp_path)[0], 88.0)
+    # Two runs of five epochs, at 300 s for five.
+    assert suite.Suite(part.entries, tmp_path, tmp_path / "new", "cpu", 1).time_left() == "0 h 10 min"
 
 
 @pytest.mark.usefixtures("part")
