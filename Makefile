@@ -1,7 +1,6 @@
 PYTHON ?= python3
 DATA ?= data
 TABLE ?= cpu
-OUT ?= benchmarks/records
 BIN := .venv/bin
 
 .PHONY: demo test docs nightly benchmarks browser clean
@@ -26,7 +25,7 @@ nightly: .venv/.ready
 # All methods on all streams of a table (cpu, long, games or cuda); DATA is the folder of the data sets. Goes on
 # where it was broken off, and makes all anew in another folder OUT.
 benchmarks: .venv/.ready
-	$(BIN)/python -m benchmarks.suite --data $(DATA) --table $(TABLE) --out $(OUT)
+	$(BIN)/python -m benchmarks.suite --data $(DATA) --table $(TABLE) $(addprefix --out ,$(OUT))
 
 # torch first, by its pinned version: nothing that is installed later may bring another build along. Nor may
 # torchvision come with BackPACK or timm, since one built for another torch breaks the import of torchmetrics.

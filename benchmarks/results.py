@@ -21,6 +21,9 @@ from benchmarks.plan import PARTS, Entry, Job, Part
 from benchmarks.record import Record
 from benchmarks.run import spread
 
+#: Those of the repository.
+RECORDS = Path("benchmarks/records")
+
 _BASES = ("blip", "blip-kronecker")
 _CEILINGS = ("joint", "single")
 # Okabe and Ito's colours, which colour-blind people can tell apart; a method keeps its own in every picture.
@@ -391,7 +394,7 @@ def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the table and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
-    parser.add_argument("--records", type=Path, default=Path("benchmarks/records"))
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--to", type=Path, default=Path("benchmarks/RESULTS.md"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)

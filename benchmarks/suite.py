@@ -29,8 +29,6 @@ from benchmarks.run import STREAMS
 # takes convolutions 7 % of their time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
-_RECORDS = Path("benchmarks/records")
-
 
 class Suite:
     """The runs that are under way and those to come.
@@ -60,12 +58,10 @@ class Suite:
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         console = Console()
-        console.print(
-            f"Runs to come: {self._count_left}. "
+        print(
+            f"Runs to come: {len(self._to_come())}. "
             f"Those with a record in {self.out} are done; another --out makes all anew.",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            flush=True,
         )
         with (
             context.Manager() as manager,
@@ -96,15 +92,19 @@ class Suite:
         minutes = round(seconds / self.processes / 60)
         return f"{'over ' if unknown else ''}{minutes // 60} h {minutes % 60:02} min"
 
+    def _to_come(self) -> list[Job]:
+        """All runs that have not ended."""
+        return self._unique(job for entry in self.planned for job in entry.to_come(self.out))
+
+    def _unique(self, jobs: Iterable[Job]) -> list[Job]:
+        """Each once: streams may share a search."""
+        return list({job.path(self.out): job for job in jobs}.values())
+
     def _look(self) -> None:
         """Takes in the records, which change only when a run ends."""
-        ready = [job for entry in self.planned for job in entry.left(self.out)]
-        # Streams may share a search.
-        self._ready = list({job.path(self.out): job for job in ready}.values())
-        to_come = {job.path(self.out): job for entry in self.planned for job in entry.to_come(self.out)}
-        self._count_left = len(to_come)
+        self._ready = self._unique(job for entry in self.planned for job in entry.left(self.out))
         self._epochs_left: Counter[str] = Counter()
-        for job in to_come.values():
+        for job in self._to_come():
             self._epochs_left[job.run.protocol.name] += job.epochs
         self._seconds_an_epoch = _seconds_an_epoch(self.out, self._epochs_left, machine(self.device))
 
@@ -147,17 +147,18 @@ def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, 
 
 
 def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
-    """Of each stream, by its records from such a machine, whatever its number of threads."""
+    """Of each stream, by its records from such a machine, whatever its threads, or else the repository's."""
     rates = {}
     model, _, _ = processor.partition(",")
     for stream in streams:
-        for folder in (_RECORDS, out):
+        for folder in (out, results.RECORDS):
             records = [Record.read(path) for path in folder.glob(f"{stream}-*.json")]
             here = [record for record in records if record.machine.startswith(model)]
             if here:
                 rates[stream] = statistics.mean(
                     record.seconds / (record.tasks * record.epochs) for record in here
                 )
+                break
     return rates
 
 
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=_RECORDS,
+        default=results.RECORDS,
         help="folder of the records, and of the table and the pictures too if it is another one",
     )
     parser.add_argument(
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     suite = Suite(planned, options.data, options.out, device, options.processes)
     suite.run()
     apart = ["--to", f"{options.out}/RESULTS.md", "--pictures", f"{options.out}/pictures"]
-    results.main(["--records", str(options.out), *(apart if options.out != _RECORDS else [])])
+    results.main(["--records", str(options.out), *(apart if options.out != results.RECORDS else [])])
     for path, error in suite.failed.items():
         print(f"failed: {path.stem}: {error!r}")
     if suite.failed:
