@@ -26,9 +26,9 @@ from benchmarks.memory import held_bytes, peak_bytes
 from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vit, vit_small
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP
-from lightning_blip.bits import FrozenBits
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.kronecker import KroneckerBits
+from lightning_blip.frozen.diagonal import FrozenBits
+from lightning_blip.frozen.kronecker import KroneckerBits
 
 Batches = list[tuple[Tensor, Tensor]]
 Options = dict[str, Any]

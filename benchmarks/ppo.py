@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from lightning_blip import TaskHeads
-from lightning_blip.environments import Episodes, Rollout
+from lightning_blip.tasks.environments import Episodes, Rollout
 
 
 def categorical(output: Tensor) -> Distribution:

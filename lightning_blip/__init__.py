@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_blip.boundaries import TaskBoundaries, TaskStopping
-    from lightning_blip.callback import BLIP
-    from lightning_blip.curves import ForgettingCurves
-    from lightning_blip.datamodule import TaskSequenceDataModule
-    from lightning_blip.environments import EnvSequence
-    from lightning_blip.heads import TaskHeads
-    from lightning_blip.optimizer import FrozenBitsOptimizer
-    from lightning_blip.streams import Task
+    from lightning_blip.blip import BLIP
+    from lightning_blip.optim.optimizer import FrozenBitsOptimizer
+    from lightning_blip.results.curves import ForgettingCurves
+    from lightning_blip.tasks.boundaries import TaskBoundaries, TaskStopping
+    from lightning_blip.tasks.datamodule import TaskSequenceDataModule
+    from lightning_blip.tasks.environments import EnvSequence
+    from lightning_blip.tasks.heads import TaskHeads
+    from lightning_blip.tasks.streams import Task
 
 __version__ = "0.1.0"
 
@@ -29,15 +29,15 @@ __all__ = [
 
 # Imported when first asked for: torch and Lightning take seconds, and a command's --help needs neither.
 _HOMES = {
-    "BLIP": "callback",
-    "EnvSequence": "environments",
-    "ForgettingCurves": "curves",
-    "FrozenBitsOptimizer": "optimizer",
-    "Task": "streams",
-    "TaskBoundaries": "boundaries",
-    "TaskHeads": "heads",
-    "TaskSequenceDataModule": "datamodule",
-    "TaskStopping": "boundaries",
+    "BLIP": "blip",
+    "EnvSequence": "tasks.environments",
+    "ForgettingCurves": "results.curves",
+    "FrozenBitsOptimizer": "optim.optimizer",
+    "Task": "tasks.streams",
+    "TaskBoundaries": "tasks.boundaries",
+    "TaskHeads": "tasks.heads",
+    "TaskSequenceDataModule": "tasks.datamodule",
+    "TaskStopping": "tasks.boundaries",
 }
 
 

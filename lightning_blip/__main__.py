@@ -1,5 +1,5 @@
 """``python -m lightning_blip`` is the command line."""
 
-from lightning_blip.cli import main
+from lightning_blip.cli.main import main
 
 main()

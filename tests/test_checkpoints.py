@@ -8,9 +8,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_blip import BLIP
-from lightning_blip.callback import VERSION
+from lightning_blip.blip import VERSION
 from tests.golden.write import BLIPS, FOLDER
-from tests.networks import QUIET, Net, pairs
+from tests.helpers.networks import QUIET, Net, pairs
 
 KINDS = pytest.mark.parametrize("kind", BLIPS)
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_blip import BLIP, Task, TaskHeads, TaskSequenceDataModule
-from lightning_blip.kronecker import as_matrix
-from tests.networks import QUIET, Net
+from lightning_blip.frozen.kronecker import as_matrix
+from tests.helpers.networks import QUIET, Net
 
 WIDTH, WORDS = 4, 7
 # The shape of a sample. Hidden layers keep it, so that any two of them can share a weight.

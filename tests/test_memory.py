@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_blip import BLIP
-from tests.networks import QUIET, Net, pairs
+from tests.helpers.networks import QUIET, Net, pairs
 
 
 def reachable_bytes(*roots, apart_from):
@@ -60,7 +60,7 @@ def train(blip, optimizer, network, tasks, steps=3):
 @pytest.mark.parametrize("make", [BLIP, BLIP.paper])
 def test_training_takes_six_bytes_a_parameter_beside_the_weights(make, name, small, monkeypatch):
     if not small:
-        monkeypatch.setattr("lightning_blip.optimizer.CHUNK", 0)
+        monkeypatch.setattr("lightning_blip.optim.optimizer.CHUNK", 0)
     network = nn.Linear(30, 10)
     optimizer = getattr(torch.optim, name)(network.parameters(), lr=0.01)
     blip = make()

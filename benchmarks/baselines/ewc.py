@@ -9,9 +9,9 @@ from torch import Tensor
 from benchmarks.baselines.parameters import tracked
 from benchmarks.baselines.quadratic import QuadraticPenalty
 from lightning_blip import Task
-from lightning_blip.boundaries import sequence
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.optimizer import check_strengths
+from lightning_blip.optim.optimizer import check_strengths
+from lightning_blip.tasks.boundaries import sequence
 
 
 class EWC(QuadraticPenalty):

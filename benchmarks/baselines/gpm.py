@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from benchmarks.baselines.parameters import tracked
 from lightning_blip import Task
-from lightning_blip.boundaries import sequence
 from lightning_blip.fisher.batches import read
+from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.fisher.kronecker import matrix_layers
+from lightning_blip.tasks.boundaries import sequence
 
 Layer = nn.Linear | nn.Conv2d
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.networks import Classifier
 from lightning_blip import Task, TaskHeads
-from lightning_blip.optimizer import check_strengths
+from lightning_blip.optim.optimizer import check_strengths
 
 
 class LwF(pl.Callback):

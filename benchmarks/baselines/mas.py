@@ -13,11 +13,11 @@ from torch.func import functional_call, grad, vmap
 from benchmarks.baselines.parameters import tracked
 from benchmarks.baselines.quadratic import QuadraticPenalty
 from lightning_blip import Task
-from lightning_blip.boundaries import sequence
 from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.optimizer import check_strengths
+from lightning_blip.optim.optimizer import check_strengths
+from lightning_blip.tasks.boundaries import sequence
 
 
 class MAS(QuadraticPenalty):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_blip.heads import task_heads
+from lightning_blip.tasks.heads import task_heads
 
 
 def tracked(module: nn.Module) -> dict[str, nn.Parameter]:

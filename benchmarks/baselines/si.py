@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.baselines.parameters import beside, tracked
 from benchmarks.baselines.quadratic import QuadraticPenalty, copies, gradients
 from lightning_blip import Task
-from lightning_blip.optimizer import check_strengths
+from lightning_blip.optim.optimizer import check_strengths
 
 
 class SI(QuadraticPenalty):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_blip import TaskHeads, TaskSequenceDataModule
-from tests.networks import QUIET, Net, blobs, pairs
+from tests.helpers.networks import QUIET, Net, blobs, pairs
 
 HeadATask = partial(Net, heads=3)
 

@@ -15,9 +15,9 @@ from benchmarks.games import GAMES
 from benchmarks.record import Record
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, ForgettingCurves
-from lightning_blip.environments import Episodes
-from tests.test_boundaries import same
-from tests.test_environments import StayFrozen
+from lightning_blip.tasks.environments import Episodes
+from tests.tasks.test_boundaries import same
+from tests.tasks.test_environments import StayFrozen
 
 SIZES = {
     "num_envs": 2, "rollout_steps": 16, "updates_per_epoch": 2, "passes": 2, "batch_size": 16, "episodes": 2,

@@ -10,7 +10,7 @@ from benchmarks.baselines import EWC, GPM, MAS, SI, FineTuning, FrozenBody, LwF
 from lightning_blip import ForgettingCurves
 from lightning_blip.metrics import backward_transfer
 from tests.benchmarks.learning import HeadATask, added_gradients, disturb, learn, permuted
-from tests.networks import Net
+from tests.helpers.networks import Net
 
 METHODS = {
     "ewc": partial(EWC, strength=10.0),

@@ -12,7 +12,7 @@ from benchmarks import run
 from benchmarks.plan import PARTS
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import BLIP, ForgettingCurves, cli
-from lightning_blip.lightning_cli import TaskSequenceCLI
+from lightning_blip.cli.learning import TaskSequenceCLI
 
 CONFIGS = Path(run.__file__).parent / "configs"
 STREAMS = sorted({part.stream for table in ("cpu", "long") for part in PARTS[table]})

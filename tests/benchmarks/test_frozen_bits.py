@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.frozen_bits import draw, leading_bits, learn
-from lightning_blip.bits import encode
+from lightning_blip.frozen.diagonal import encode
 
 
 def test_bits_that_are_drawn_as_frozen_stay_as_they_are(tmp_path):

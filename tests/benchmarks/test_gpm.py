@@ -13,7 +13,7 @@ from benchmarks.baselines import GPM, FineTuning
 from benchmarks.baselines.gpm import grow_basis, layer_inputs
 from lightning_blip import TaskHeads, TaskSequenceDataModule
 from tests.benchmarks.learning import learn
-from tests.networks import Net, pairs
+from tests.helpers.networks import Net, pairs
 
 
 class ConvNet(Net):

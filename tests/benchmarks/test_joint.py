@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.joint import learn_jointly
 from tests.benchmarks.learning import HeadATask, permuted
-from tests.networks import Net, pairs
+from tests.helpers.networks import Net, pairs
 
 
 class Watched(Net):

@@ -10,7 +10,7 @@ from benchmarks.baselines import LwF
 from benchmarks.memory import held_bytes
 from lightning_blip import TaskHeads
 from tests.benchmarks.learning import HeadATask, disturb, learn, learn_by_hand
-from tests.networks import Net, pairs
+from tests.helpers.networks import Net, pairs
 
 
 class SlowLwF:

@@ -11,7 +11,7 @@ from benchmarks.baselines import EWC, MAS, SI
 from benchmarks.baselines.mas import sensitivity
 from lightning_blip.fisher import diagonal_fisher
 from tests.benchmarks.learning import added_gradients, disturb, learn, learn_by_hand
-from tests.networks import Net
+from tests.helpers.networks import Net
 
 
 class Boundaries(pl.Callback):

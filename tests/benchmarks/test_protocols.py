@@ -15,9 +15,9 @@ from benchmarks import networks
 from benchmarks.data.looks import STATISTICS
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import TaskHeads
-from lightning_blip.streams import MappedDataset
+from lightning_blip.tasks.streams import MappedDataset
 from tests.benchmarks.conftest import SETS, made_up
-from tests.networks import QUIET
+from tests.helpers.networks import QUIET
 
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TWENTIES = [tuple(range(start, start + 20)) for start in range(0, 100, 20)]

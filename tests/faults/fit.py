@@ -27,9 +27,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
-from lightning_blip.run_record import RECORD
-from lightning_blip.streams import split_classes
-from tests.networks import QUIET, Net, blobs
+from lightning_blip.results.record import RECORD
+from lightning_blip.tasks.streams import split_classes
+from tests.helpers.networks import QUIET, Net, blobs
 
 TASKS = 5
 EPOCHS = [2, 3, 2, 3, 2]

@@ -6,8 +6,8 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_blip import BLIP
-from lightning_blip.callback import VERSION
-from tests.networks import QUIET, Net, pairs
+from lightning_blip.blip import VERSION
+from tests.helpers.networks import QUIET, Net, pairs
 
 FOLDER = Path(__file__).parent
 BLIPS = {

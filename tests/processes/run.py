@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
-from tests.networks import QUIET, Net, blobs
+from tests.helpers.networks import QUIET, Net, blobs
 
 TASKS = 3
 

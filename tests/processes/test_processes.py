@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_blip import processes
+from lightning_blip.trainer import processes
 
 
 def start(module, *arguments):

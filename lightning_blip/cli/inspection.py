@@ -1,0 +1,190 @@
+"""What is frozen in a checkpoint: read from the file, counted by layer, and shown in the terminal."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from lightning_blip.blip import BLIP
+from lightning_blip.results.record import counts_by_layer
+
+# Entries by which what BLIP saves is known, whatever class of one's own saved it.
+_ENTRIES = {"version", "tasks_learned", "settings", "chosen", "frozen"}
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """What is frozen in one layer, or in several.
+
+    Attributes:
+        name: Of the module.
+        counts: How many of its parameters, or coordinates, have 0, 1, …, N frozen bits.
+
+    Example:
+        >>> layer = FrozenLayer("body", [6, 0, 2])
+        >>> layer.values, layer.mean_bits, layer.used_capacity, layer.frozen_share
+        (8, 0.5, 0.25, 0.25)
+    """
+
+    name: str
+    counts: list[int]
+
+    @property
+    def values(self) -> int:
+        """How many parameters, or coordinates, there are."""
+        return sum(self.counts)
+
+    @property
+    def mean_bits(self) -> float:
+        """Frozen bits a value, on average."""
+        return sum(bits * count for bits, count in enumerate(self.counts)) / max(self.values, 1)
+
+    @property
+    def used_capacity(self) -> float:
+        """Σ bits / Σ N, 0 to 1."""
+        return self.mean_bits / (len(self.counts) - 1)
+
+    @property
+    def frozen_share(self) -> float:
+        """The share of the values that have any frozen bit, 0 to 1."""
+        return 1.0 - self.counts[0] / max(self.values, 1)
+
+
+def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
+    """What is frozen in each layer.
+
+    Args:
+        blip: As trained, or of :func:`read_blip`.
+
+    Returns:
+        One for each module that has parameters which BLIP tracks.
+
+    Example:
+        >>> blip = BLIP()
+        >>> report = blip.consolidate(torch.nn.Linear(4, 2), [(torch.randn(8, 4), torch.zeros(8))])
+        >>> [(layer.name, layer.values) for layer in frozen_layers(blip)]
+        [('weight', 8), ('bias', 2)]
+    """
+    return [FrozenLayer(*one) for one in counts_by_layer(blip.bits(), blip.max_bits).items()]
+
+
+def whole_network(layers: Sequence[FrozenLayer]) -> FrozenLayer:
+    """All layers as one.
+
+    Args:
+        layers: At least one.
+
+    Returns:
+        Their counts, added up.
+
+    Example:
+        >>> whole_network([FrozenLayer("0", [2, 1]), FrozenLayer("1", [0, 3])]).counts
+        [2, 4]
+    """
+    return FrozenLayer(
+        "all", [sum(counts) for counts in zip(*(layer.counts for layer in layers), strict=True)]
+    )
+
+
+def read_blip(path: str | Path) -> BLIP:
+    """BLIP as a file holds it; nothing is run that the file might hold.
+
+    Args:
+        path: Of a checkpoint that Lightning saved with BLIP among its callbacks, or of
+            ``torch.save(blip.state_dict(), path)``.
+
+    Returns:
+        It, without the network.
+
+    Raises:
+        ValueError: If it cannot be read, holds no BLIP, or one of a later version.
+    """
+    saved = _load(Path(path))
+    states = [saved, *saved.get("callbacks", {}).values()] if isinstance(saved, Mapping) else []
+    state = next((one for one in states if isinstance(one, Mapping) and one.keys() >= _ENTRIES), None)
+    if state is None:
+        raise ValueError(f"{path} holds nothing that BLIP has learned: save it with BLIP among the callbacks")
+    known = inspect.signature(BLIP).parameters
+    try:
+        blip = BLIP(**{name: value for name, value in state["settings"].items() if name in known})
+        blip.load_state_dict(dict(state))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return blip
+
+
+def _load(path: Path) -> Any:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # An archive that was cut is an OSError, too.
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise ValueError(f"{path} is no checkpoint, or was cut short when it was written") from error
+        raise ValueError(
+            f"{path} holds a {foreign[1]} besides, as hyperparameters may, and loading it can run code: "
+            "if you trust the file, keep BLIP's part alone, "
+            'torch.save(torch.load(path, weights_only=False)["callbacks"]["BLIP"], "blip.pt"), and take that'
+        ) from error
+
+
+def show(path: Path) -> None:
+    """Prints what is frozen in a checkpoint.
+
+    Args:
+        path: See :func:`read_blip`.
+    """
+    blip = read_blip(path)
+    console = Console()
+    chosen = ", ".join(f"{name} {value:.3g}" for name, value in blip.chosen.items())
+    console.print(f"{blip.tasks_learned} tasks learned, {blip.basis} basis, {chosen}", highlight=False)
+    layers = frozen_layers(blip)
+    if not layers:
+        return
+    network = whole_network(layers)
+    console.print(_table(layers, network))
+    console.print(f"Capacity left: {100 * (1 - network.used_capacity):.2f} % of {blip.max_bits} bits a value")
+    console.print(_histogram(network))
+
+
+def _table(layers: Sequence[FrozenLayer], network: FrozenLayer) -> Table:
+    titles = ("values", "frozen bits, mean", "capacity used %", "values with frozen bits %")
+    table = Table("layer", show_footer=len(layers) > 1)
+    table.columns[0].footer = network.name
+    for title, figure in zip(titles, _figures(network), strict=True):
+        table.add_column(title, figure, justify="right")
+    for layer in layers:
+        table.add_row(layer.name, *_figures(layer))
+    return table
+
+
+def _figures(layer: FrozenLayer) -> list[str]:
+    shares = (layer.used_capacity, layer.frozen_share)
+    return [f"{layer.values:,}", f"{layer.mean_bits:.3f}", *(f"{100 * share:.2f}" for share in shares)]
+
+
+def _histogram(network: FrozenLayer) -> Table:
+    """How many values have so many frozen bits, up to the most that there are."""
+    most = max(bits for bits, count in enumerate(network.counts) if count)
+    table = Table("frozen bits", "", "values", "%", box=None)
+    for bits, count in enumerate(network.counts[: most + 1]):
+        bar = Bar(max(network.counts), 0, count, width=_BAR_WIDTH)
+        table.add_row(str(bits), bar, f"{count:,}", f"{100 * count / network.values:.2f}")
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify = "right"
+    return table

@@ -1,0 +1,1 @@
+"""What is frozen: the state of each parameter or layer, and of the whole network."""

@@ -1,0 +1,1 @@
+"""The optimizer wrapper that keeps parameters within what their frozen bits allow."""

@@ -1,0 +1,1 @@
+"""What a run measured: metrics, curves, records, figures and the report."""

@@ -1,0 +1,1 @@
+"""Tasks, streams of tasks, and the data modules that feed them."""

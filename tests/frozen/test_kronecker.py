@@ -1,0 +1,324 @@
+"""A layer in its Kronecker eigenbasis: factors, precisions, cells, the pull."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_blip import BLIP
+from lightning_blip.fisher import diagonal_fisher
+from lightning_blip.fisher.factors import FactorObserver, Factors, matrix_layers
+from lightning_blip.frozen.kronecker import KroneckerBits, as_matrix
+from tests.helpers.networks import QUIET, Net, blobs, pairs
+
+
+def per_sample(network, x):
+    """The inputs and output gradients of every sample, with labels as drawn by diagonal_fisher."""
+    drawn = []
+
+    class Keep:
+        def see(self, name, gradients):
+            drawn.append((name, gradients.rows(slice(None))))
+
+        def end_batch(self, size):
+            pass
+
+    diagonal_fisher(network, [(x, None)], observers=[Keep()])
+    return dict(drawn)
+
+
+def test_factors_of_one_linear_layer_are_the_means_of_outer_products():
+    torch.manual_seed(0)
+    network, x = nn.Linear(3, 4).double(), torch.randn(50, 3).double()
+    observer = FactorObserver(network, {"weight": "bias"})
+    diagonal_fisher(network, [(x[:20], None), (x[20:], None)], observers=[observer])
+    factors = observer.factors()["weight"]
+    inputs = torch.cat([x, torch.ones(50, 1)], dim=1)
+    g = per_sample(network, x)["bias"]
+    torch.testing.assert_close(factors.A, inputs.T @ inputs / 50)
+    torch.testing.assert_close(factors.G, g.T @ g / 50)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+        nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
+    ],
+)
+def test_the_calibrated_product_has_the_trace_of_the_fisher_information(network):
+    torch.manual_seed(0)
+    network, x = network.double(), torch.randn(40, 6).double()
+    layers = matrix_layers(network, dict(network.named_parameters()))
+    observer = FactorObserver(network, layers)
+    fisher = diagonal_fisher(network, [(x, None)], observers=[observer])
+    assert observer.factors().keys() == layers.keys()
+    for weight, factors in observer.factors().items():
+        trace = fisher[weight].sum() + fisher[layers[weight]].sum()
+        calibrated = factors.calibrated(trace)
+        product = torch.kron(calibrated.G, calibrated.A)
+        torch.testing.assert_close(product.trace(), trace)
+        torch.testing.assert_close(calibrated.A.trace(), calibrated.G.trace())
+
+
+def test_layers_are_matrices_of_one_group_that_nothing_else_uses():
+    network = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "headless": nn.Linear(4, 4, bias=False),
+            "grouped": nn.Conv1d(4, 4, 1, groups=2),
+            "patches": nn.Conv2d(1, 2, 3),
+            "table": nn.Embedding(4, 4),
+            "tied": nn.Linear(4, 4),
+            "untracked": nn.Linear(4, 4),
+        }
+    )
+    network["tied"].weight = network["table"].weight
+    names = {name for name, _ in network.named_parameters() if not name.startswith("untracked")}
+    assert matrix_layers(network, names - {"patches.bias"}) == {
+        "plain.weight": "plain.bias",
+        "headless.weight": None,
+        "patches.weight": None,
+    }
+
+
+def state(prior=1e-3, tasks=2, size=(5, 7), rank=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    theta = torch.randn(size, generator=generator).double() * 0.1
+    frozen = KroneckerBits.of(theta, bound=1.0, prior=prior, rank=rank)
+    sums = [torch.zeros(n, n).double() for n in size]
+    for _ in range(tasks):
+        G, A = ((x.T @ x / 9) for x in (torch.randn(9, n, generator=generator).double() for n in size))
+        gain = frozen.consolidate(theta, Factors(A, G))
+        for total, factor in zip(sums, (G, A), strict=True):
+            total += factor
+    return theta, frozen, torch.kron(*sums) / tasks, gain
+
+
+def test_precisions_are_those_of_the_formula_in_the_eigenbasis():
+    _, frozen, F, _ = state()
+    basis = torch.kron(frozen.output_basis, frozen.input_basis)
+    torch.testing.assert_close((basis * frozen.information.flatten()) @ basis.T, F)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(35).double())
+    expected = (0.5 * torch.log2(frozen.precision / 1e-3) + 0.5).floor().clamp(0, 20)
+    assert torch.equal(frozen.bits, expected.to(torch.uint8))
+
+
+def test_the_pull_is_the_proximal_step_of_the_whole_quadratic():
+    theta, frozen, F, _ = state(prior=1e9)  # no cells in the way
+    moved = theta + 0.3
+    held = frozen.held_back(moved, pull=2.0)
+    # argmin over x of |x - moved|²/2 + 2·(x - θ*)ᵀF(x - θ*)/2
+    expected = torch.linalg.solve(torch.eye(35).double() + 2.0 * F, (moved - theta).flatten())
+    torch.testing.assert_close(held - theta, expected.view(5, 7))
+
+
+def test_no_coordinate_leaves_its_cell():
+    theta, frozen, _, _ = state(prior=1e-6)
+    held = frozen.held_back(theta + torch.randn(5, 7).double() * 10, pull=0.0)
+    omega = frozen.output_basis.T @ (held - theta) @ frozen.input_basis
+    assert (frozen.bits > 3).any()
+    assert (omega.abs() <= frozen.width * (1 + 1e-6)).all()
+    assert (omega.abs() > frozen.width * (1 - 1e-6)).sum() > 5
+    torch.testing.assert_close(frozen.held_back(held, pull=0.0), held)
+
+
+def large_layer():
+    """One of 60 by 80 whose eigenvalues fall fast, as those of large layers do, and a step of it."""
+    generator = torch.Generator().manual_seed(0)
+    G, A = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator))[0] * torch.logspace(1, -9, n)
+        for n in (60, 80)
+    )
+    theta = torch.zeros(60, 80)
+    frozen = KroneckerBits.of(theta, bound=1.0, prior=1e-3)
+    frozen.consolidate(theta, Factors(A @ A.T, G @ G.T))
+    return frozen, torch.randn(60, 80, generator=generator)
+
+
+@pytest.mark.parametrize("pull", [0.0, 1e-4, 2.0, 1e6])
+def test_what_hardly_any_task_uses_may_be_left_out_of_the_sums(pull):
+    frozen, step = large_layer()
+    omega = frozen.output_basis.T @ step @ frozen.input_basis
+    width = torch.where(frozen.bits > 0, 0.5 ** frozen.bits.float(), torch.inf)
+    held = (omega / (1 + pull * frozen.information)).clamp(-width, width)
+    expected = frozen.output_basis @ held @ frozen.input_basis.T
+    torch.testing.assert_close(frozen.held_back(step, pull), expected, atol=3e-6, rtol=0)
+    assert 0 < (frozen.bits > 0).float().mean() < 0.5
+
+
+def test_what_hardly_any_task_uses_takes_no_products():
+    frozen, step = large_layer()
+    with FlopCounterMode(display=False) as counter:
+        frozen.held_back(step, pull=0.1)
+    assert 0 < counter.get_total_flops() < 0.5 * 2 * (2 * 60 * 80 * (60 + 80))
+
+
+def test_predicted_forgetting_is_the_quadratic_form_of_the_mean_over_tasks():
+    theta, frozen, F, _ = state()
+    step = torch.randn(5, 7).double()
+    expected = 0.5 * step.flatten() @ F @ step.flatten() / 2
+    assert frozen.strain(theta + step)[0] == pytest.approx(float(expected))
+    assert frozen.strain(theta)[0] == 0
+
+
+def test_the_gain_is_measured_against_what_was_known_in_the_new_basis():
+    _, first, _, gain = state(tasks=1)
+    torch.testing.assert_close(gain, 0.5 * torch.log2(first.precision / 1e-3))
+    theta, frozen, _, _ = state(tasks=2)
+    same = copy.deepcopy(frozen)
+    nothing = Factors(torch.zeros(7, 7), torch.zeros(5, 5))
+    gain = same.consolidate(theta, nothing)
+    # A task without information spreads what is known over one task more.
+    torch.testing.assert_close(same.information, frozen.information * 2 / 3)
+    torch.testing.assert_close(
+        gain, 0.5 * torch.log2((1e-3 + frozen.information * 2 / 3) / (1e-3 + frozen.information))
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_what_a_rank_leaves_out_counts_with_its_mean(rank):
+    theta, frozen, _, _ = state(prior=1e9, rank=rank)
+
+    def factor(basis, values, rest):
+        return rest * torch.eye(len(basis)).double() + basis * (values - rest) @ basis.T
+
+    G = factor(frozen.output_basis, frozen.output_values, frozen.output_rest)
+    A = factor(frozen.input_basis, frozen.input_values, frozen.input_rest)
+    whole = state(prior=1e9)[1]
+    one_task, of_all = state(tasks=1, rank=rank)[1], state(tasks=1)[1]
+    assert one_task.input_rest == pytest.approx(float(of_all.input_values[rank:].mean()))
+    assert float(A.trace()) == pytest.approx(float(whole.input_values.sum()))
+    F = torch.kron(G, A) / 2
+    step = torch.randn(5, 7).double()
+    expected = torch.linalg.solve(torch.eye(35).double() + 2.0 * F, step.flatten()).view(5, 7)
+    torch.testing.assert_close(frozen.held_back(theta + step, pull=2.0) - theta, expected)
+    assert frozen.strain(theta + step)[0] == pytest.approx(float(step.flatten() @ F @ step.flatten() / 4))
+
+
+def test_a_rank_keeps_the_directions_that_matter_most_in_constant_memory():
+    def numbers(one):
+        return sum(value.numel() for value in vars(one).values() if isinstance(value, torch.Tensor))
+
+    _, whole, F, _ = state(tasks=5)
+    _, low, _, _ = state(tasks=5, rank=3)
+    assert numbers(low) == 35 + 3 * (5 + 7) + 6 == numbers(state(tasks=9, rank=3)[1])
+    assert numbers(whole) == 35 + 25 + 49 + 12
+    best = torch.linalg.eigvalsh(F).sort(descending=True).values[:9].sum()
+    assert 0.8 * best < low.information.sum() < best
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_fit_resumed_after_any_epoch_ends_as_the_unbroken_one(tmp_path, stop):
+    def parts():
+        torch.manual_seed(1)
+        return Net(norm=True), BLIP(basis="kronecker", every=3), pairs(seed=7)
+
+    whole, blip, tasks = parts()
+    pl.Trainer(**QUIET, callbacks=[blip]).fit(whole, datamodule=tasks)
+    module, first, tasks = parts()
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    options = {**QUIET, "callbacks": [first, checkpoint], "enable_checkpointing": True}
+    pl.Trainer(**options, max_epochs=stop).fit(module, datamodule=tasks)
+    module, second, tasks = parts()
+    trainer = pl.Trainer(**QUIET, callbacks=[second])
+    trainer.fit(module, datamodule=tasks, ckpt_path=tmp_path / f"epoch={stop - 1}.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    assert second.chosen == blip.chosen
+    for name, bits in blip.bits().items():
+        assert torch.equal(second.bits()[name], bits)
+
+
+def test_what_is_not_a_matrix_stays_in_its_own_basis():
+    blip = BLIP(basis="kronecker")
+    network = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 6))
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    assert {name: tuple(bits.shape) for name, bits in blip.bits().items()} == {
+        "1.weight": (4,),
+        "1.bias": (4,),
+        "0.weight": (4, 9),
+        "2.weight": (6, 5),
+    }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_convolution_is_pulled_as_the_matrix_of_its_patches(channels_last):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    x, y = torch.randn(40, 3, 4, 4), torch.randint(2, (40,))
+    blip = BLIP(basis="kronecker", prior=1e9, pull=20.0, damping=0.0, every=1)
+    blip.consolidate(network, [(x, y)])
+    assert blip.bits()["0.weight"].shape == (4, 28)
+    optimizer = blip.wrap(torch.optim.SGD(network.parameters(), lr=0.1), network)
+    layer, convolution = blip._network.layers["0.weight"], network[0]
+    nn.functional.cross_entropy(network(x), y).backward()
+    stepped = as_matrix([theta - 0.1 * theta.grad for theta in (convolution.weight, convolution.bias)])
+    expected = layer.held_back(stepped, pull=20.0 * 0.1)
+    optimizer.step()
+    torch.testing.assert_close(as_matrix([convolution.weight, convolution.bias]), expected)
+    assert (expected - stepped).abs().max() > 1e-4
+    assert blip.predicted_forgetting(network) > 0
+
+
+def test_a_weight_used_elsewhere_is_refused_by_name():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return torch.einsum("bi,oi->bo", x, self.weight.square()) + self.bias
+
+    blip = BLIP(basis="kronecker")
+    with pytest.raises(ValueError, match="The layer of 'weight' has no Kronecker factors"):
+        blip.consolidate(Odd(8, 6), DataLoader(blobs(), batch_size=30))
+
+
+def test_a_layer_that_takes_no_part_knows_nothing():
+    class Partly(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 6)
+            self.spare = nn.Linear(3, 3)
+
+    network, blip = Partly(), BLIP(prior=1e-6, basis="kronecker")
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    assert not blip.bits()["spare.weight"].any()
+    assert blip.bits()["weight"].any()
+    assert blip.predicted_forgetting(network) == 0
+
+
+def test_the_steps_of_a_loop_are_pulled_together_every_so_many():
+    torch.manual_seed(0)
+    network = nn.Linear(8, 6)
+    blip = BLIP(basis="kronecker", every=3, prior=1e6, pull=5.0, damping=0.0)
+    blip.consolidate(network, DataLoader(blobs(), batch_size=30))
+    optimizer = blip.wrap(torch.optim.SGD(network.parameters(), lr=0.1), network)
+    (layer,) = blip._network.layers.values()
+    plain = copy.deepcopy(network)
+    other = torch.optim.SGD(plain.parameters(), lr=0.1)
+    x, y = blobs().tensors
+    layer.total = 60  # the pulls that soon follow a boundary lie closer together
+    for step in range(1, 4):
+        for net, one in ((network, optimizer), (plain, other)):
+            one.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            one.step()
+        both = [as_matrix([net.weight, net.bias]) for net in (network, plain)]
+        if step < 3:
+            assert torch.equal(*both)
+    torch.testing.assert_close(both[0], layer.held_back(both[1], pull=5.0 * 0.3))
+    assert not torch.equal(*both)
+
+
+@pytest.mark.parametrize("options", [{"rule": "paper"}, {"scale": 0.5}])
+def test_what_the_basis_does_not_know_is_refused(options):
+    with pytest.raises(ValueError, match="is not known in basis='kronecker'"):
+        BLIP(basis="kronecker", **options)
+    with pytest.raises(ValueError, match="basis='mine' must be one of"):
+        BLIP(basis="mine")
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        BLIP(rank=0)

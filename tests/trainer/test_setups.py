@@ -1,0 +1,336 @@
+"""Every set-up of a Trainer that users have: each trains a small stream, compared with the plain run."""
+
+from types import SimpleNamespace
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_blip import BLIP, ForgettingCurves, TaskHeads, TaskSequenceDataModule
+from tests.helpers.networks import QUIET, Net, blobs
+
+BASES = pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+TASKS = 3
+
+
+def stream(batch_size=8, **options):
+    """Three permutations of 32 points, four batches an epoch."""
+    points, others = blobs(32), blobs(32, seed=1)
+    options = {"epochs_per_task": 2, "batch_size": batch_size, **options}
+    return TaskSequenceDataModule.permute_inputs(points, others, tasks=TASKS, **options)
+
+
+def learn(module=Net, basis="diagonal", tasks=None, callbacks=(), package=pytorch_lightning, **options):
+    """What a fit comes to."""
+    torch.manual_seed(0)
+    module = module()
+    blip, curves = BLIP(basis=basis, pull=3.0, damping=0.2, every=3, samples=64), ForgettingCurves()
+    trainer = package.Trainer(**{**QUIET, "callbacks": [blip, curves, *callbacks], **options})
+    trainer.fit(module, datamodule=tasks or stream())
+    assert blip.tasks_learned == TASKS
+    assert curves.matrix.isfinite().sum() == TASKS * (TASKS + 1) // 2
+    return SimpleNamespace(
+        weights={name: theta.detach() for name, theta in module.named_parameters()},
+        bits=blip.bits(), curves=curves.matrix, module=module, blip=blip, trainer=trainer,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The plain run, in either basis."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("plain"))
+        return {basis: learn(basis=basis) for basis in ("diagonal", "kronecker")}
+
+
+def assert_same(run, plain, exactly=True):
+    """The same weights, bits and scores; or up to the order of sums, which may turn a bit here and there."""
+    for (name, theta), other in zip(plain.weights.items(), run.weights.values(), strict=True):
+        torch.testing.assert_close(
+            other, theta, **({"rtol": 0, "atol": 0} if exactly else TOLERANCE), msg=name
+        )
+    turned = sum(int((a != b).sum()) for a, b in zip(run.bits.values(), plain.bits.values(), strict=True))
+    assert turned <= (0 if exactly else 0.02 * sum(bits.numel() for bits in plain.bits.values()))
+    torch.testing.assert_close(run.curves, plain.curves, equal_nan=True)
+
+
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def net_of(package):
+    """A module as the users of a package write it."""
+
+    class Small(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+            self.head = TaskHeads(16, classes=[6] * TASKS)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log(
+                "val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1])
+            )
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Small
+
+
+def test_the_package_called_lightning_as_well():
+    runs = [learn(net_of(package), package=package) for package in (pytorch_lightning, lightning.pytorch)]
+    assert_same(*runs)
+
+
+def test_the_other_package_without_forward_is_refused_as_well():
+    class Mute(net_of(lightning.pytorch)):
+        forward = lightning.pytorch.LightningModule.forward
+
+    with pytest.raises(ValueError, match="Mute has no forward"):
+        learn(Mute, package=lightning.pytorch)
+
+
+def test_lightning_resumes_from_a_checkpoint(tmp_path):
+    package = lightning.pytorch
+    whole = learn(net_of(package), package=package)
+    saving = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    with pytest.raises(AssertionError):
+        learn(net_of(package), package=package, callbacks=[saving], max_epochs=3, enable_checkpointing=True)
+    torch.manual_seed(1)
+    blip, module = BLIP(pull=3.0, damping=0.2, every=3, samples=64), net_of(package)()
+    trainer = package.Trainer(**QUIET, callbacks=[blip, ForgettingCurves()])
+    trainer.fit(module, datamodule=stream(), ckpt_path=tmp_path / "last.ckpt")
+    assert all(torch.equal(theta, whole.weights[name]) for name, theta in module.named_parameters())
+
+
+@BASES
+def test_gradients_accumulated_over_two_batches(basis, plain):
+    run = learn(basis=basis, tasks=stream(batch_size=4), accumulate_grad_batches=2)
+    assert_same(run, plain[basis], exactly=False)
+
+
+@BASES
+def test_gradients_clipped(basis, plain):
+    assert_same(learn(basis=basis, gradient_clip_val=1e6), plain[basis])
+    clipped = learn(basis=basis, gradient_clip_val=0.01)
+    assert not torch.equal(clipped.weights["head.weight"], plain[basis].weights["head.weight"])
+
+
+@BASES
+def test_mixed_precision_keeps_master_weights(basis, plain):
+    run = learn(basis=basis, precision="bf16-mixed")
+    assert all(theta.dtype == torch.float32 for theta in run.weights.values())
+    assert run.curves[TASKS - 1].mean() > plain[basis].curves[TASKS - 1].mean() - 0.1
+
+
+class ByHand(Net):
+    """Manual optimization, an optimizer for each part."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [self.make_optimizer(part.parameters()) for part in (self.body, self.head)]
+
+
+class Groups(Net):
+    """A group for each part."""
+
+    def configure_optimizers(self):
+        return self.make_optimizer([{"params": part.parameters()} for part in (self.body, self.head)])
+
+
+class Compiled(Net):
+    """A body that torch.compile has made over."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.compile(self.body)
+
+
+class Unlooked(Net):
+    """What Lightning logs by cannot be compiled: torch.compile has to step over it."""
+
+    log = torch.compiler.disable(Net.log)
+
+
+@BASES
+@pytest.mark.parametrize("module", [ByHand, Groups])
+def test_other_ways_to_the_same_steps(module, basis, plain):
+    assert_same(learn(module, basis), plain[basis])
+
+
+@BASES
+def test_compiled_parts_and_a_compiled_module(basis, plain):
+    assert_same(learn(Compiled, basis), plain[basis], exactly=False)
+    assert_same(learn(lambda: torch.compile(Unlooked()), basis), plain[basis], exactly=False)
+
+
+def rates(scheduler, **config):
+    """The learning rates of each task's steps."""
+
+    class Scheduled(Net):
+        def __init__(self):
+            super().__init__()
+            self.rates = [[] for _ in range(TASKS)]
+
+        def configure_optimizers(self):
+            optimizer = self.make_optimizer(self.parameters())
+            made = scheduler(optimizer, self.trainer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, **config}}
+
+        def training_step(self, batch, batch_idx):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.rates[self.trainer.datamodule.task.index].append(rate)
+            return super().training_step(batch, batch_idx)
+
+    # A task of its own length: what ends with the task has to know it.
+    return learn(Scheduled, tasks=stream(epochs_per_task=[2, 3, 2])).module.rates
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (lambda optimizer, _: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), {"interval": "epoch"}),
+        (lambda optimizer, _: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), {"interval": "step"}),
+        (
+            lambda optimizer, trainer: torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=0.1, total_steps=trainer.estimated_stepping_batches
+            ),
+            {"interval": "step"},
+        ),
+    ],
+)
+def test_schedules_begin_anew_with_each_task(make, config):
+    first, second, third = rates(make, **config)
+    assert len(set(first)) > 1
+    assert (len(first), len(second)) == (8, 12)
+    assert third == first
+    if make.__code__.co_varnames[1] == "trainer":  # the end of a cycle is that of the task
+        assert all(task[-1] < 0.01 * max(task) for task in (first, second, third))
+    else:
+        assert second[:8] == first
+
+
+def test_a_schedule_on_plateau_watches_the_current_task():
+    def plateau(optimizer, trainer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0, threshold=2.0)
+
+    halves = rates(plateau, monitor="val_acc")
+    assert all(task[0] == 0.1 for task in halves)
+    assert all(task[-1] < 0.1 for task in halves[1:2])
+
+
+def test_the_best_weights_of_each_task_are_saved(tmp_path):
+    seen = {}
+
+    class Scores(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:  # at a boundary the score counts that the frozen network has
+                task, score = trainer.datamodule.task.index, float(trainer.callback_metrics["val_acc"])
+                seen[task, trainer.global_step] = score
+
+    saving = ModelCheckpoint(tmp_path, "{epoch}-{val_acc:.4f}", "val_acc", mode="max", save_top_k=1)
+    learn(callbacks=[Scores(), saving], enable_checkpointing=True, tasks=stream(epochs_per_task=4))
+    kept = sorted(float(path.stem.split("=")[-1]) for path in tmp_path.glob("*.ckpt"))
+    best = sorted(max(score for (task, _), score in seen.items() if task == one) for one in range(TASKS))
+    assert kept == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (EarlyStopping("val_acc", patience=2, mode="max"),
+         r"use TaskStopping\(monitor='val_acc', patience=2, mode='max'\) instead"),
+        (StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging would average"),
+        (EMAWeightAveraging(), "EMAWeightAveraging would average weights of different tasks"),
+    ],
+)  # fmt: skip
+def test_callbacks_that_know_one_task_are_refused(callback, message):
+    with pytest.raises(ValueError, match=message):
+        learn(callbacks=[callback])
+
+
+def test_sharded_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy .* strategy='ddp'"):
+        learn(strategy=ModelParallelStrategy(1, 1))
+
+
+def test_what_watches_a_fit_sees_it_whole(tmp_path, plain):
+    watchers = [LearningRateMonitor(), RichProgressBar()]
+    run = learn(callbacks=watchers, logger=CSVLogger(tmp_path), enable_progress_bar=True, log_every_n_steps=1)
+    assert_same(run, plain["diagonal"])
+    assert {name: set(rates) for name, rates in watchers[0].lrs.items()} == {"lr-SGD": {0.1}}
+
+
+def test_a_module_that_is_a_data_module_of_ones_own_is_told_what_to_do():
+    class Own(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(blobs(), batch_size=8)
+
+    with pytest.warns(UserWarning, match=r"datamodule=Own has no tasks: .* blip\.consolidate"):
+        pl.Trainer(**QUIET, callbacks=[BLIP()], max_epochs=1).fit(Net(), datamodule=Own())
+    with pytest.raises(
+        ValueError, match=r"datamodule=Own has no tasks: pass .*TaskSequenceDataModule\(\[Task"
+    ):
+        pl.Trainer(**QUIET, callbacks=[ForgettingCurves()], max_epochs=1).fit(Net(), datamodule=Own())
+
+
+@pytest.mark.parametrize("package", [pytorch_lightning, lightning.pytorch])
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_after_a_fit_every_task_is_evaluated_with_its_own_head_and_statistics(package, same_trainer):
+    class Normed(net_of(package)):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            self.validation_step(batch, batch_idx, dataloader_idx)
+
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return (self(batch[0]).argmax(1) == batch[1]).float()
+
+    run = learn(Normed, package=package)
+    tasks = stream()
+    options = {**QUIET, "callbacks": [run.blip]}
+    trainer = run.trainer if same_trainer else package.Trainer(**options)
+    statistics = run.module.body[1].running_mean.clone()
+    for results in (trainer.validate(run.module, datamodule=run.trainer.datamodule, verbose=False),
+                    trainer.test(run.module, datamodule=tasks, verbose=False)):  # fmt: skip
+        scores = [result[f"val_acc/dataloader_idx_{index}"] for index, result in enumerate(results)]
+        assert scores == pytest.approx(run.curves[-1].tolist())
+    predicted = trainer.predict(run.module, datamodule=tasks)
+    assert [float(torch.cat(task).mean()) for task in predicted] == pytest.approx(run.curves[-1].tolist())
+    assert run.module.head.active == TASKS - 1
+    assert torch.equal(run.module.body[1].running_mean, statistics)
+    # Loaders that are nobody's task are evaluated with the current head.
+    trainer.test(run.module, dataloaders=[DataLoader(blobs(), batch_size=8)] * 2, verbose=False)
+    assert run.module.head.active == TASKS - 1
