@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_e
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from lightning_blip.boundary import BoundaryReport, LayerReport, counts_by_layer, layer_of, metric_names
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.factors import FactorObserver, Factors
 from lightning_blip.fisher.overlap import OverlapObserver
@@ -26,8 +27,6 @@ from lightning_blip.frozen.network import Basis, Fan, FrozenNetwork, damped
 from lightning_blip.frozen.saved import check_number
 from lightning_blip.optim.averaging import MeanWeights
 from lightning_blip.optim.optimizer import FrozenBitsOptimizer, check_every, check_strengths
-from lightning_blip.results.loggers import define_axis
-from lightning_blip.results.record import layer_of
 from lightning_blip.strengths import (
     KRONECKER_DAMPING,
     KRONECKER_PULL,
@@ -35,12 +34,14 @@ from lightning_blip.strengths import (
     choose_prior,
     choose_pull,
 )
-from lightning_blip.tasks.boundaries import TaskStopping, has_tasks, log_metrics, position, sequence
+from lightning_blip.tasks.boundaries import TaskStopping, has_tasks, position, sequence
 from lightning_blip.tasks.heads import task_heads
 from lightning_blip.tasks.norm_stats import NormStats, TaskStatistics, freeze, thaw
 from lightning_blip.tasks.streams import Task
 from lightning_blip.trainer import processes
 from lightning_blip.trainer.classes import Callback, callbacks_of, is_a, overrides
+from lightning_blip.trainer.internals import is_accumulating, optimizer_steps
+from lightning_blip.trainer.logging import define_axis, log_metrics
 from lightning_blip.trainer.task_batches import TaskBatches, inputs_and_targets
 
 Likelihood = str | Callable[[Any], torch.distributions.Distribution]
@@ -51,19 +52,6 @@ Auto = Literal["auto"]
 VERSION = 1
 # Into so many parts each batch is divided where there is too little memory.
 _PARTS = 4
-# What is logged of the whole network, behind "blip/".
-_LOGGED = (
-    "predicted_forgetting",
-    "used_capacity",
-    "information_gain",
-    "at_wall_share",
-    "newly_frozen_share",
-    "drifted_share",
-    "prior",
-    "pull",
-    "damping",
-    "seconds",
-)
 # The weights that a task ends with are the mean of those that it had after this share of its training.
 _AVERAGED_FROM = 0.8
 
@@ -242,8 +230,8 @@ class BLIP(Callback):
             for name, value in (("prior", prior), ("pull", pull), ("damping", damping))
             if not isinstance(value, str)
         }
-        #: What was logged at the last boundary, by name.
-        self.report: dict[str, float] = {}
+        #: What the last boundary of this process measured and froze.
+        self.last_boundary: BoundaryReport | None = None
         self._network = FrozenNetwork(max_bits, rule, cell, basis, rank, fan)
         self._wrappers: WeakSet[FrozenBitsOptimizer] = WeakSet()
         self._statistics = TaskStatistics()
@@ -401,7 +389,7 @@ class BLIP(Callback):
         Looking at a loss waits for the device: other than on the CPU it is done as often as Lightning logs.
         """
         loop = trainer.fit_loop.epoch_loop
-        if loss.device.type != "cpu" and loop._batches_that_stepped % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if loss.device.type != "cpu" and optimizer_steps(trainer) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         if not loss.isfinite().all():
             task = f"Task {sequence(trainer).task.name!r}: " if has_tasks(trainer) else ""
@@ -415,13 +403,13 @@ class BLIP(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Averages the end of a task, and logs what it has the past ones forget, without looking at them."""
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         if self.average and has_tasks(trainer):
             done = sequence(trainer).share_done(batch_idx + 1, trainer.num_training_batches)
             if done > _AVERAGED_FROM and self._network.just_pulled:
                 self._mean.add(pl_module)
-        steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+        steps = optimizer_steps(trainer)
         if self.tasks_learned and trainer.loggers and steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             place = {"blip/position": position(trainer)} if has_tasks(trainer) else {}
             log_metrics(trainer, self._state_of(pl_module) | place)
@@ -437,14 +425,14 @@ class BLIP(Callback):
         batches = TaskBatches(sequence(trainer).task_dataloader(), trainer)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         try:
-            self._consolidate(pl_module, batches, quiet)
+            metrics = self._consolidate(pl_module, batches, quiet)
         except FloatingPointError as error:
             raise FloatingPointError(f"Task {task.name!r}: {error}") from error
         except Exception as error:
             raise RuntimeError(
                 f"Task {task.name!r} was not consolidated, and what is frozen stays as it was: {error}"
             ) from error
-        log_metrics(trainer, self.report | {"blip/position": task.index + 1.0})
+        log_metrics(trainer, metrics | {"blip/position": task.index + 1.0})
 
     def on_validation_batch_start(
         self,
@@ -705,21 +693,19 @@ class BLIP(Callback):
             self._statistics.keep(module, self.tasks_learned)
         self.tasks_learned += 1
         self._hold_statistics(module)
-        gained, used = _by_layer(module, gains), _by_layer(module, after)
-        self.report = {
-            "blip/predicted_forgetting": forgotten,
-            "blip/used_capacity": self.used_capacity,
-            "blip/information_gain": sum(gain for gain, _ in gained.values()),
-            **{f"blip/information_gain/{layer}": gain for layer, (gain, _) in gained.items()},
-            **{
-                f"blip/used_capacity/{layer}": bits / (self.max_bits * values)
-                for layer, (bits, values) in used.items()
+        gained = _sum_by_layer(_in_order(module, gains))
+        self.last_boundary = BoundaryReport(
+            forgotten,
+            self.used_capacity,
+            **{f"{what}_share": count / self._network.values for what, count in shares.items()},
+            strengths=dict(self.chosen),
+            seconds=time.perf_counter() - start,
+            layers={
+                layer: LayerReport(gained.get(layer, 0.0), counts)
+                for layer, counts in counts_by_layer(_in_order(module, after), self.max_bits).items()
             },
-            **{f"blip/{what}_share": count / self._network.values for what, count in shares.items()},
-            **{f"blip/{name}": value for name, value in self.chosen.items()},
-            "blip/seconds": time.perf_counter() - start,
-        }
-        return self.report
+        )
+        return self.last_boundary.metrics()
 
     def _estimate(
         self, module: nn.Module, batches: TaskBatches, quiet: bool
@@ -829,11 +815,7 @@ class BLIP(Callback):
 
     def _logged_names(self) -> list[str]:
         """Names of what is logged, behind ``blip/``."""
-        layers = dict.fromkeys(map(layer_of, self._network.states))
-        return [
-            *_LOGGED,
-            *(f"{what}/{layer}" for what in ("information_gain", "used_capacity") for layer in layers),
-        ]
+        return metric_names(dict.fromkeys(map(layer_of, self._network.states)))
 
     def _state_of(self, module: nn.Module) -> dict[str, float]:
         """What is logged while a task trains."""
@@ -845,14 +827,15 @@ class BLIP(Callback):
         }
 
 
-def _by_layer(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, tuple[float, int]]:
-    """The sum of each layer's values, and how many they are, in the network's order."""
-    layers: dict[str, tuple[float, int]] = {}
-    for name, _ in module.named_parameters():
-        if name in values:
-            total, count = layers.get(layer_of(name), (0.0, 0))
-            layers[layer_of(name)] = total + float(values[name].sum()), count + values[name].numel()
-    return layers
+def _sum_by_layer(values: Mapping[str, Tensor]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, value in values.items():
+        sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + float(value.sum())
+    return sums
+
+
+def _in_order(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values[name] for name, _ in module.named_parameters() if name in values}
 
 
 def _newly_frozen(before: Tensor, after: Tensor) -> int:

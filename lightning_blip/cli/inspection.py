@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_blip.blip import BLIP
-from lightning_blip.results.record import counts_by_layer
+from lightning_blip.boundary import counts_by_layer
 
 # Entries by which what BLIP saves is known, whatever class of one's own saved it.
 _ENTRIES = {"version", "tasks_learned", "settings", "chosen", "frozen"}

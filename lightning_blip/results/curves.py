@@ -21,9 +21,11 @@ from lightning_blip.blip import BLIP
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from lightning_blip.results import figures, loggers
 from lightning_blip.results.record import RECORD, Frozen, Predicted, RunRecord, Score, plain
-from lightning_blip.tasks.boundaries import log_metrics, position, sequence, task_score
+from lightning_blip.tasks.boundaries import position, sequence, task_score
 from lightning_blip.tasks.streams import Task
 from lightning_blip.trainer.classes import Callback, callbacks_of
+from lightning_blip.trainer.internals import optimizer_steps
+from lightning_blip.trainer.logging import define_axis, log_metrics, wandb_loggers
 
 _PACKAGES = ("lightning-blip", "pytorch-lightning", "torch")
 _METRICS = {
@@ -102,7 +104,7 @@ class ForgettingCurves(Callback):
         """Gives the curves their own axis."""
         self._warn_of_missing(trainer)
         scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
-        loggers.define_axis(trainer, "forgetting", [*scores, *_METRICS])
+        define_axis(trainer, "forgetting", [*scores, *_METRICS])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """The next validation is that of the network as the boundary leaves it."""
@@ -119,8 +121,8 @@ class ForgettingCurves(Callback):
         if self._at_boundary:
             metrics = {name: float(metric(self.matrix)) for name, metric in _METRICS.items()}
             logged |= {f"forgetting/{name}": value for name, value in metrics.items() if isfinite(value)}
-            if blip is not None:
-                self._frozen.append(Frozen.of(learning.name, blip.report, blip.bits(), blip.max_bits))
+            if blip is not None and blip.last_boundary is not None:
+                self._frozen.append(Frozen.of(learning.name, blip.last_boundary))
                 self._predicted.append(Predicted(place, self._frozen[-1].predicted_forgetting))
         elif blip is not None and blip.tasks_learned:
             self._predicted.append(Predicted(place, blip.predicted_forgetting(pl_module)))
@@ -195,14 +197,14 @@ class ForgettingCurves(Callback):
         """Tells at once, not after the fit, that there will be no frozen state to log, or nowhere to."""
         if not self.log_frozen_state or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a trial run has its loggers taken away
-        for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", loggers.wandb_loggers(trainer))):
+        for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", wandb_loggers(trainer))):
             if not found:
                 rank_zero_warn(f"log_frozen_state=True does nothing: the Trainer has no {needed}")
 
     def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
         """Notes the scores of a validation, and gives them by the names that they are logged by."""
         seen = sequence(trainer).tasks[: learning.index + 1]
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = optimizer_steps(trainer)
         logged = {"forgetting/position": place}
         for task in seen:
             score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)

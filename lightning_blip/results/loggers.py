@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +12,10 @@ import torch
 from lightning_blip.results import figures
 from lightning_blip.results.record import RunRecord, Score
 from lightning_blip.trainer.classes import is_a
+from lightning_blip.trainer.logging import wandb_loggers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def wandb_loggers(trainer: pl.Trainer) -> list[Any]:
-    """Those of a Trainer's loggers that log to Weights & Biases; but in the main process they do nothing.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        The loggers.
-
-    Example:
-        >>> wandb_loggers(pl.Trainer(logger=False, enable_checkpointing=False))
-        []
-    """
-    return [logger for logger in trainer.loggers if is_a(logger, "WandbLogger")]
-
-
-def define_axis(trainer: pl.Trainer, group: str, names: Iterable[str]) -> None:
-    """Has Weights & Biases draw metrics over the place in the sequence, not over steps.
-
-    Args:
-        trainer: The Trainer.
-        group: What the metrics' names begin with; ``<group>/position`` is logged with them.
-        names: What they end with. Each is named, since a pattern would compete with the logger's own.
-    """
-    for logger in wandb_loggers(trainer):
-        begin = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{group}" if logger._prefix else group
-        logger.experiment.define_metric(f"{begin}/position", hidden=True)
-        for name in names:
-            if "*" not in name:  # which would make it a pattern
-                logger.experiment.define_metric(f"{begin}/{name}", step_metric=f"{begin}/position")
 
 
 def show(trainer: pl.Trainer, record: RunRecord) -> None:

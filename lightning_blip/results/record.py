@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from lightning_blip.boundary import BoundaryReport
 
 #: Of what is written.
 VERSION = 1
@@ -78,42 +77,28 @@ class Frozen:
     layers: dict[str, LayerBits]
 
     @classmethod
-    def of(cls, task: str, report: Mapping[str, float], bits: Mapping[str, Tensor], max_bits: int) -> Frozen:
-        """What a BLIP froze.
+    def of(cls, task: str, report: BoundaryReport) -> Frozen:
+        """Return the record of what BLIP froze at one boundary.
 
         Args:
-            task: Name of the task.
-            report: What BLIP logs at a boundary.
-            bits: Of each parameter or coordinate, see :meth:`BLIP.bits`.
-            max_bits: N.
+            task: The name of the task.
+            report: What BLIP measured and froze.
 
         Returns:
-            The record of it.
+            The record.
 
         Example:
-            >>> report = {"blip/used_capacity": 0.5, "blip/predicted_forgetting": 0.0}
-            >>> report |= {"blip/information_gain": 4.0, "blip/used_capacity/0": 0.5}
-            >>> bits = {"0.weight": torch.tensor([1, 2], dtype=torch.uint8), "0.bias": torch.tensor([0])}
-            >>> Frozen.of("first", report, bits, max_bits=2).layers["0"].bits
-            [1, 1, 1]
+            >>> from lightning_blip.boundary import BoundaryReport, LayerReport
+            >>> layer = LayerReport(information_gain=4.0, bits=[1, 1, 1])
+            >>> report = BoundaryReport(0.0, 0.5, 0.0, 0.5, 0.0, {}, 1.5, {"0": layer})
+            >>> Frozen.of("first", report).layers["0"].used_capacity
+            0.5
         """
-        capacity, counts = "blip/used_capacity/", counts_by_layer(bits, max_bits)
         layers = {
-            layer: LayerBits(
-                sum(counts[layer]),
-                report[capacity + layer],
-                report.get(f"blip/information_gain/{layer}", 0.0),
-                counts[layer],
-            )
-            for layer in (name.removeprefix(capacity) for name in report if name.startswith(capacity))
+            name: LayerBits(layer.values, layer.used_capacity, layer.information_gain, layer.bits)
+            for name, layer in report.layers.items()
         }
-        return cls(
-            task,
-            report["blip/used_capacity"],
-            report["blip/predicted_forgetting"],
-            report["blip/information_gain"],
-            layers,
-        )
+        return cls(task, report.used_capacity, report.predicted_forgetting, report.information_gain, layers)
 
     def share_of_bits(self, layers: Iterable[str]) -> float:
         """The frozen bits of some layers, as a share of all bits of the network.
@@ -254,38 +239,6 @@ class RunRecord:
             ) from error
 
 
-def layer_of(parameter: str) -> str:
-    """The name of the module that a parameter belongs to; its own if that is the whole network.
-
-    Example:
-        >>> layer_of("body.0.weight"), layer_of("scale")
-        ('body.0', 'scale')
-    """
-    return parameter.rpartition(".")[0] or parameter
-
-
-def counts_by_layer(bits: Mapping[str, Tensor], max_bits: int) -> dict[str, list[int]]:
-    """How many values of each layer have 0, 1, …, N frozen bits.
-
-    Args:
-        bits: Of each parameter or coordinate, see :meth:`BLIP.bits`.
-        max_bits: N.
-
-    Returns:
-        N + 1 counts for each module that has such parameters, by its name.
-
-    Example:
-        >>> weight, bias = torch.tensor([[0, 2]]), torch.tensor([0])
-        >>> counts_by_layer({"0.weight": weight, "0.bias": bias}, max_bits=2)
-        {'0': [2, 0, 1]}
-    """
-    counts: dict[str, Tensor] = {}
-    for name, values in bits.items():
-        counted = torch.bincount(values.flatten().cpu(), minlength=max_bits + 1)
-        counts[layer_of(name)] = counts.get(layer_of(name), 0) + counted
-    return {name: counted.tolist() for name, counted in counts.items()}
-
-
 def plain(value: Any) -> Any:
     """Any value in the types that JSON knows: what is not finite as None, anything else by its name or repr.
 
@@ -296,8 +249,8 @@ def plain(value: Any) -> Any:
         It, made of dicts, lists, strings, numbers, True, False and None.
 
     Example:
-        >>> plain({"rate": 0.1, "sizes": (2, float("nan")), "activation": torch.relu})
-        {'rate': 0.1, 'sizes': [2, None], 'activation': 'relu'}
+        >>> plain({"rate": 0.1, "sizes": (2, float("nan")), "activation": math.sqrt})
+        {'rate': 0.1, 'sizes': [2, None], 'activation': 'sqrt'}
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -339,17 +339,6 @@ def task_score(metrics: Mapping[str, Tensor], name: str, task: int, alone: bool)
     )
 
 
-def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Sends metrics to every logger of the Trainer, at the step where its own stand.
-
-    Args:
-        trainer: The Trainer.
-        metrics: Values by name.
-    """
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
 def position(trainer: pl.Trainer) -> float:
     """Where in the sequence a fit is, in tasks: i + e/E after e of the E epochs of task i.
 

@@ -282,7 +282,7 @@ def test_a_policy_of_continuous_actions_has_information_too(basis):
     blip = BLIP(likelihood=gaussian, basis=basis)
     fit(sequence(make, partial(Counting, 7, continuous=True)), module, [blip])
     assert blip.tasks_learned == 2
-    assert blip.report["blip/information_gain"] > 0
+    assert blip.last_boundary.information_gain > 0
 
 
 def test_actions_out_of_bounds_are_clipped():
@@ -435,7 +435,7 @@ def test_numbered_observations_are_learned_from():
     blip, module = BLIP(), Looking(nn.Embedding(8, 8), 8, [2])
     fit(sequence(make, steps_per_task=64, names=["numbered"]), module, [blip])
     assert module.rollouts[0].observations[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert blip.report["blip/information_gain"] > 0
+    assert blip.last_boundary.information_gain > 0
 
 
 @pytest.mark.parametrize("space", [MultiDiscrete([2, 3]), MultiBinary(2)])
@@ -450,7 +450,7 @@ def test_several_actions_at_once_are_learned(space):
     module.policy = policy
     fit(sequence(partial(Pressing, space), steps_per_task=64, names=["pressing"]), module, [blip])
     assert module.trainer.global_step == 12
-    assert blip.report["blip/information_gain"] > 0
+    assert blip.last_boundary.information_gain > 0
 
 
 def test_observations_of_different_shapes_are_told_of():
