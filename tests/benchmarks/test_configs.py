@@ -11,7 +11,8 @@ import torch
 from benchmarks import run
 from benchmarks.plan import PARTS
 from benchmarks.protocols import PROTOCOLS
-from lightning_blip import BLIP, ForgettingCurves, cli
+from lightning_blip import BLIP, ForgettingCurves
+from lightning_blip.cli import main as cli
 from lightning_blip.cli.learning import TaskSequenceCLI
 
 CONFIGS = Path(run.__file__).parent / "configs"
