@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task, TaskSequenceDataModule
 from lightning_blip.cli.demo import Digits, digits
-from lightning_blip.frozen.diagonal import LARGEST_MAX_BITS, bound, cell_codes, encode
-from lightning_blip.frozen.information import information_gain
+from lightning_blip.frozen.gains import information_gain
+from lightning_blip.frozen.packing import LARGEST_MAX_BITS, bound, cell_codes, encode
 
 LAYER = "network.0.weight"
 # So many of a weight's bits fit into the picture.

@@ -27,8 +27,6 @@ from benchmarks.networks import Classifier, alexnet, mlp, resnet18, resnet50, vi
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.frozen.diagonal import FrozenBits
-from lightning_blip.frozen.kronecker import KroneckerBits
 
 Batches = list[tuple[Tensor, Tensor]]
 Options = dict[str, Any]
@@ -226,12 +224,6 @@ class _StepTimes(pl.Callback):
         self._last = now
 
 
-def _states(blip: BLIP, module: nn.Module) -> list[FrozenBits | KroneckerBits]:
-    """All that BLIP keeps of a module."""
-    wrapper = blip.wrap(torch.optim.SGD(module.parameters()), module)
-    return [*wrapper.frozen.values(), *wrapper.layers.values()]
-
-
 def _call(options: Options) -> str:
     return f"BLIP({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
@@ -262,8 +254,8 @@ def step(case: Case, variants: Sequence[Options], repeats: int, device: str) -> 
         blips = [] if options is None else [BLIP(every=case.every, **options)]
         for blip in blips:
             blip.consolidate(module, [batch])
-            for state in _states(blip, module):
-                state.total = LATE
+            for state in map(blip.state, blip.bits()):
+                state.pace.total = LATE
         fits.append((module, blips))
     rounds = [
         [_seconds_of_a_step(case, module, blips, samples, device) for module, blips in fits]

@@ -1,4 +1,4 @@
-"""What BLIP chooses by itself where the user does not: prior, pull and damping."""
+"""Prior, pull and damping, chosen from the first task's Fisher information where the user gives none."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_blip.frozen.diagonal import exact_bits
+from lightning_blip.frozen.gains import exact_bits
 
-# Of all bits, so many may be frozen after the expected number of tasks.
+# The share of all bits that may be frozen after the expected number of tasks.
 _SHARE = 0.002
 _HALVINGS = 24
 # See choose_pull and choose_damping.
 _SHARE_ALONG = 1 / 30
 _AT_RANK_ONE = 12.0
-#: λ where the curvature is known up to a factor near 1, as in the Kronecker basis, or is not known at all:
-#: above 1, for the loss rises faster away from θ* than its curvature there tells.
+#: λ where the curvature is met to within a factor of two, as in the Kronecker basis, or is not measured:
+#: above 1, because the loss rises faster away from θ* than its curvature there predicts.
 KRONECKER_PULL = 3.0
 #: δ in the same cases.
 KRONECKER_DAMPING = 0.2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """What the first task told about a parameter, or about the coordinates of a layer.
+    """The first task's information about one state, as the choice of the prior needs it.
 
     Attributes:
-        information: F_1, any shape.
-        unit: What a prior of 1 is for it: the layer's fan.
+        information: F_1 of each coordinate, any shape.
+        unit: What the prior is multiplied by: the layer's fan, else 1.
         bound: B.
     """
 
@@ -44,22 +44,22 @@ def choose_prior(
     expected_tasks: int,
     forgetting_budget: float | None = None,
 ) -> float:
-    """The prior F_0 that leaves enough free for the tasks to come.
+    """Return the prior F_0 that leaves enough bits free for the expected number of tasks.
 
-    Without a budget: the smallest prior with which, after as many tasks as expected, each telling as much as
-    the first, one bit in 500 would be frozen. So it goes with the scale of the information,
-    whatever the network, batch or data; the pull remembers, the frozen bits are the last resort.
+    Without a budget it is the smallest prior with which one bit in 500 is frozen after the expected tasks,
+    each with the information of the first. It follows the scale of the information, for any network, batch
+    size or data. The pull does the remembering; the frozen bits are the last resort.
 
-    With one, in nats: a parameter of precision S is left the cell w = B·2^−bits, in which a uniformly drawn
-    value costs ½·(S − S_0)·w²/3 on average, by the second-order expansion of the past tasks' loss. Summed
-    over all that is known it is what the frozen bits alone allow to be forgotten, and the prior is the
-    largest that keeps it below the budget times the number of tasks.
+    With a budget: a parameter of precision S may move within a cell of width w = B·2^−bits. A value drawn
+    uniformly from the cell costs ½·(S − S_0)·w²/3 on average, by the second-order expansion of the past
+    tasks' loss. The sum over all parameters is the forgetting that the frozen bits alone allow, and the prior
+    is the largest that keeps it below the budget times the number of tasks.
 
     Args:
-        measured: Of everything tracked.
+        measured: The first task's information about every state.
         max_bits: N.
-        expected_tasks: How many there will be.
-        forgetting_budget: What may be forgotten of a task, in nats a sample; None for no such bound.
+        expected_tasks: The expected number of tasks.
+        forgetting_budget: The allowed forgetting per task, in nats per sample; None for a share of the bits.
 
     Returns:
         F_0.
@@ -96,14 +96,14 @@ def choose_prior(
 
 
 def choose_pull(squared_norm: float, squared_diagonal: float) -> float:
-    """The strength λ of the pull in the diagonal basis.
+    """Return the strength λ of the pull in the diagonal basis.
 
     A step Δ costs the task ½·Δᵀ·F·Δ. Along the gradients that training follows this is far more than the
-    diagonal tells, ½·Σ F_ii·Δ_i²: with Δ_i² in proportion to F_ii the ratio of the two is
-    tr(F²)/Σ F_ii² = ‖F‖²/‖diag F‖². Training follows them a small part of the way, most of it to and fro: a
-    thirtieth of the ratio keeps both streams of benchmarks/ABLATIONS.md near their best, although these
-    ratios are about 330 and 3,200. In the Kronecker basis, where ‖F‖ is met to within a factor of two, a
-    constant does.
+    diagonal predicts, ½·Σ F_ii·Δ_i²: with Δ_i² in proportion to F_ii the ratio of the two is
+    tr(F²)/Σ F_ii² = ‖F‖²/‖diag F‖². Training follows the gradients for a small part of the way only; most of
+    its steps cancel. A thirtieth of the ratio keeps both streams of benchmarks/ABLATIONS.md near their best,
+    although their ratios are about 330 and 3,200. In the Kronecker basis ‖F‖ is met to within a factor of
+    two, and a constant is enough.
 
     Args:
         squared_norm: ‖F‖² of the first task.
@@ -120,12 +120,12 @@ def choose_pull(squared_norm: float, squared_diagonal: float) -> float:
 
 
 def choose_damping(squared_norm: float, trace: float) -> float:
-    """The damping δ: how much of a layer's information counts for all its outputs alike.
+    """Return the damping δ, the part of a layer's information that is spread evenly over its outputs.
 
     r = (tr F)²/‖F‖² is the effective rank of the Fisher information. The smaller it is, the fewer directions
-    the task has told about, and the farther training will go in the others, where the expansion around θ*
-    does not reach: outputs that had no gradient will have one. So each input's information, averaged over
-    the outputs, is added δ = 12/r² times.
+    the task has information about, and the farther later tasks move in all others, where the expansion around
+    θ* does not hold: outputs that had no gradient will have one. So δ = 12/r² times each input's information,
+    averaged over the outputs, is added.
 
     Args:
         squared_norm: ‖F‖² of the first task.

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_blip import BLIP
-from lightning_blip.blip import VERSION
+from lightning_blip.checkpoint import VERSION
 from tests.golden.write import BLIPS, FOLDER
 from tests.helpers.networks import QUIET, Net, pairs
 
@@ -47,7 +47,6 @@ def test_the_state_comes_back_as_it_was(kind):
     blip.load_state_dict(saved["callbacks"]["BLIP"])
     blip.predicted_forgetting(module)
     expected = saved["callbacks"]["BLIP"]
-    expected["settings"]["fan"] = "in"  # which there was no other of when it was saved
     assert same(blip.state_dict(), expected)
 
 
@@ -55,7 +54,7 @@ def damages():
     """Ways to damage the state of a diagonal BLIP, by name."""
 
     def weight(state):
-        return state["frozen"]["parameters"]["body.0.weight"]
+        return state["frozen"]["body.0.weight"]["state"]
 
     def drop(entry):
         return lambda state: state.pop(entry)
@@ -107,7 +106,7 @@ def test_a_damaged_state_is_refused_whole(damage):
 def test_a_damaged_layer_is_refused_whole(entry, value):
     path = FOLDER / f"version-{VERSION}-kronecker.ckpt"
     saved = torch.load(path, weights_only=True)["callbacks"]["BLIP"]
-    saved["frozen"]["layers"]["body.0.weight"][entry] = value
+    saved["frozen"]["body.0.weight"]["state"][entry] = value
     blip = BLIPS["kronecker"]()
     with pytest.raises(ValueError, match=r"Parameter 'body\.0\.weight': "):
         blip.load_state_dict(saved)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_blip import BLIP, Task, TaskHeads, TaskSequenceDataModule
-from lightning_blip.frozen.kronecker import as_matrix
+from lightning_blip.frozen.diagonal import DiagonalState
+from lightning_blip.frozen.kronecker import KroneckerState, as_matrix
 from tests.helpers.networks import QUIET, Net
 
 WIDTH, WORDS = 4, 7
@@ -48,7 +49,6 @@ TRAINER = {
 SETTINGS = {
     "prior": ["auto", *(10.0**power for power in range(-12, 3))],
     "max_bits": range(1, 21),
-    "cell": ["strict", "paper"],
     "pull": ["auto", 0.0, 0.3, 3.0, 100.0],
     "damping": ["auto", 0.0, 0.2, 5.0],
     "every": [1, 2, 5, 100],
@@ -61,7 +61,7 @@ SETTINGS = {
     "expected_tasks": range(1, 21),
 }
 BASES = {
-    "diagonal": {"rule": ["exact", "paper"], "scale": [0.0, 0.5, 2.0]},
+    "diagonal": {"rule": ["exact", "paper"], "cell": ["strict", "paper"], "scale": [0.0, 0.5, 2.0]},
     "kronecker": {"rank": [None, 1, 2, 3]},
 }
 
@@ -138,7 +138,9 @@ def _optimizer(pick):
 
 def _settings(pick):
     basis = pick(list(BASES))
-    return {"basis": basis, **_each(BASES[basis], pick), **_each(SETTINGS, pick)}
+    chosen = {"basis": basis, **_each(BASES[basis], pick), **_each(SETTINGS, pick)}
+    # A budget chooses the prior: it is refused beside one that is given.
+    return chosen if chosen["prior"] == "auto" else {**chosen, "forgetting_budget": None}
 
 
 def _each(options, pick):
@@ -212,7 +214,7 @@ class Watch(pl.Callback):
     """Looks after every batch and at every boundary for what must hold then."""
 
     def __init__(self, blip):
-        self.network = blip._network
+        self.blip = blip
         self.boundaries = []
         self.layers = {}
 
@@ -222,26 +224,38 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *arguments):
         self.look(trainer, pl_module)
         # Between two pulls nothing holds a layer.
-        if self.network.just_pulled:
-            check_coordinates(self.layers, self.network.biases, pl_module)
+        if all(state.pace.steps == 0 for state in {**self.parameters, **self.now}.values()):
+            check_coordinates(self.layers, pl_module)
 
     def on_task_end(self, trainer, pl_module, task):
         # The task is consolidated by now: what was frozen before must have outlasted that as well.
         self.look(trainer, pl_module)
-        check_coordinates(self.layers, self.network.biases, pl_module)
+        check_coordinates(self.layers, pl_module)
         if self.boundaries:
-            check_bits_grow(self.boundaries[-1], self.network.parameters)
-            check_eigenvalues_grow(self.layers, self.network.layers)
+            check_bits_grow(self.boundaries[-1], self.parameters)
+            check_eigenvalues_grow(self.layers, self.now)
         # States change by getting new tensors, so copies stay what they are now.
         own = dict(pl_module.named_parameters())
-        states = {name: copy(state) for name, state in self.network.parameters.items()}
+        states = {name: copy(state) for name, state in self.parameters.items()}
         self.boundaries.append({name: (one, one.frozen_code(own[name])) for name, one in states.items()})
-        self.layers = {name: copy(layer) for name, layer in self.network.layers.items()}
+        self.layers = {name: copy(layer) for name, layer in self.now.items()}
+
+    @property
+    def parameters(self):
+        return self.states_of(DiagonalState)
+
+    @property
+    def now(self):
+        return self.states_of(KroneckerState)
+
+    def states_of(self, kind):
+        states = {name: self.blip.state(name) for name in self.blip.bits()}
+        return {name: state for name, state in states.items() if isinstance(state, kind)}
 
     def look(self, trainer, pl_module):
         check_finite(pl_module)
-        check_cells(self.network.parameters, pl_module)
-        if self.network.cell == "strict":
+        check_cells(self.parameters, pl_module)
+        if self.blip.cell == "strict":
             check_codes(self.boundaries, pl_module)
         now = heads_of(pl_module)
         check_heads(self.heads, now, active=trainer.datamodule.task.index)
@@ -268,10 +282,11 @@ def check_codes(boundaries, module):
             assert torch.equal(state.frozen_code(own[name]), code), f"{name} lost bits of task {task}"
 
 
-def check_coordinates(layers, biases, module):
+def check_coordinates(layers, module):
     own = dict(module.named_parameters())
     for name, layer in layers.items():
-        theta = as_matrix([own[part] for part in (name, biases[name]) if part is not None])
+        names = [name] if layer.shape[1] == own[name][0].numel() else [name, name.replace("weight", "bias")]
+        theta = as_matrix([own[part] for part in names])
         omega = layer.output_basis.T @ (theta - layer.anchor) @ layer.input_basis
         assert (omega.abs() <= layer.width + 1e-6 * layer.bound).all(), name
 

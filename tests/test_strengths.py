@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_blip import BLIP, TaskHeads
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.overlap import OverlapObserver
-from lightning_blip.frozen.diagonal import exact_bits
+from lightning_blip.frozen.gains import exact_bits
 from lightning_blip.strengths import Measured, choose_damping, choose_prior, choose_pull
 from tests.helpers.networks import QUIET, Net, blobs, pairs
 
@@ -235,7 +235,7 @@ def test_forgetting_is_predicted_while_a_task_trains(tmp_path):
                 return
             total = 0.0
             for name, theta in pl_module.named_parameters():
-                state = blip._network.parameters[name]
+                state = blip.state(name)
                 F = state.prior * state.information
                 total += float((0.5 * F * (theta - state.anchor(theta.dtype)).square()).sum())
             self.rows.append(total / blip.tasks_learned)
@@ -265,12 +265,16 @@ def test_forgetting_is_predicted_while_a_task_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prior": "mine"}, "prior=mine must be positive"),
+        ({"prior": "mine"}, "prior='mine' must be a number"),
         ({"damping": -1.0}, "damping=-1.0 must not be negative"),
         ({"every": 0}, "every=0 must be a number of steps"),
         ({"expected_tasks": 0}, "expected_tasks=0 must be at least 1"),
         ({"forgetting_budget": 0.0}, "forgetting_budget=0.0 must be positive"),
-        ({"smoothing": -0.1}, "smoothing=-0.1 must be 0 to 1"),
+        ({"smoothing": -0.1}, "smoothing=-0.1 must be 0"),
+        ({"pull": "strong"}, "pull='strong' must be a number"),
+        ({"likelihood": "categoricl"}, "likelihood='categoricl' is not known: give one of 'categorical'"),
+        ({"rank": 3}, "rank=3 has no effect in basis='diagonal'"),
+        ({"prior": 1e-5, "forgetting_budget": 0.1}, "forgetting_budget=0.1 chooses the prior"),
     ],
 )
 def test_arguments_that_are_off(arguments, message):

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_blip.blip import BLIP
-from lightning_blip.frozen.network import Basis
+from lightning_blip.frozen.network import BasisName
 from lightning_blip.metrics import average_score, backward_transfer
 from lightning_blip.results.curves import ForgettingCurves
 from lightning_blip.tasks.datamodule import TaskSequenceDataModule
@@ -73,7 +73,7 @@ def demo(
     hidden: int = 100,
     learning_rate: float = 0.3,
     batch_size: int = 32,
-    basis: Basis = "kronecker",
+    basis: BasisName = "kronecker",
     seed: int = 0,
     output: Path = Path("demo_results"),
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from lightning_blip.blip import BLIP
 from lightning_blip.boundary import counts_by_layer
+from lightning_blip.checkpoint import upgraded
 
 # Entries by which what BLIP saves is known, whatever class of one's own saved it.
 _ENTRIES = {"version", "tasks_learned", "settings", "chosen", "frozen"}
@@ -115,11 +115,11 @@ def read_blip(path: str | Path) -> BLIP:
     state = next((one for one in states if isinstance(one, Mapping) and one.keys() >= _ENTRIES), None)
     if state is None:
         raise ValueError(f"{path} holds nothing that BLIP has learned: save it with BLIP among the callbacks")
-    known = inspect.signature(BLIP).parameters
     try:
-        blip = BLIP(**{name: value for name, value in state["settings"].items() if name in known})
-        blip.load_state_dict(dict(state))
-    except (AttributeError, TypeError, ValueError) as error:
+        state = upgraded(state)
+        blip = BLIP(**state["settings"])
+        blip.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return blip
 

@@ -1,18 +1,18 @@
-"""The optimizer wrapper that keeps every parameter inside what its frozen bits allow."""
+"""The optimizer wrapper that keeps every parameter within what its frozen bits allow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_blip.frozen.diagonal import BITS_MASK, FrozenBits
-from lightning_blip.frozen.kronecker import KroneckerBits
+from lightning_blip.frozen.base import FrozenState, Step, Stepper
+from lightning_blip.frozen.network import hold_back_each
 from lightning_blip.optim.effective_step import effective_rate, preconditioner
-from lightning_blip.optim.step import CHUNK, Step, hold_back_all
 
 Closure = Callable[[], Any]
 
@@ -23,44 +23,44 @@ class FrozenBitsOptimizer(Optimizer):
     Before a step, values with all bits frozen lose their gradient (and, after it, their momentum). After the
     step, for every parameter θ with a frozen state, in this order: the update is scaled by 2^(−p·bits); θ is
     pulled towards its anchor, θ ← θ* + (θ − θ*)/(1 + η·λ·(S_t − S_0)/P); θ is projected into its cell. The
-    update that is scaled is the one the optimizer made, so the scale means the same for SGD and Adam, and so
-    does the pull: η is the learning rate times what momentum adds up to, and P what the optimizer divides the
-    gradient of each value by, see
-    :mod:`lightning_blip.optim.effective_step`. The pull is that of ``every`` steps at once, η the sum of
-    theirs: it then costs next to nothing, and keeps more, since it leaves less of the noise of single steps.
+    scale multiplies the update that the optimizer made, so it means the same for SGD and Adam, and so does
+    the pull: η is the learning rate times the sum of the momentum's weights, and P the value that the
+    optimizer divides each gradient by, see :mod:`lightning_blip.optim.effective_step`. One pull makes up for
+    up to ``every`` steps, η being the sum of theirs: this costs next to nothing, and remembers more, because
+    it keeps less of the noise of single steps.
 
-    A layer in the Kronecker basis is pulled, and projected into its cells, every so many steps as well, P
-    being the root mean square over its weight.
+    A layer in the Kronecker basis is projected into its cells at each pull; there P is the root mean square
+    over its weight.
 
-    The wrapper shares groups, state and hooks with the wrapped optimizer, and works through the latter's own
-    step hooks: schedulers, gradient scalers and loops may hold either of the two. Post-step hooks see
-    the projected values.
+    The wrapper has the groups, state and hooks of the wrapped optimizer, and works through that optimizer's
+    own step hooks: schedulers, gradient scalers and loops may hold either of the two. Post-step hooks see the
+    projected values.
 
-    Nothing is stored for this beside the frozen state, but for the walls of networks of up to 262,144 values,
-    which take 2 MiB at most. Only during a step there is a copy of the values
-    before it, where it is scaled and the optimizer is not an SGD, which keeps its update; and a mask of the
-    values with all bits frozen, where there are any. Large networks are held back by a function that
-    torch.compile makes when it is first needed, which takes some seconds; where it cannot, by the same one
-    uncompiled.
+    Nothing is stored beside the frozen state but the walls of networks of up to 262,144 values, 2 MiB at
+    most. During a step there is a copy of the values before it where it is scaled and the optimizer is not an
+    SGD, and a mask of the values with all bits frozen, where there are any. Large networks are held back by a
+    function that ``torch.compile`` makes at the first step, which takes some seconds; where it cannot, by
+    the same function uncompiled.
 
     Args:
         optimizer: The optimizer to wrap.
-        frozen: The frozen state of each parameter to protect. States may be consolidated between steps.
+        frozen: The frozen state of each parameter to protect, or of the parameters that share a state. States
+            may be consolidated between steps.
         scale: p, how strongly frozen bits slow a parameter down; 0 leaves the step as it is.
-        pull: λ, how strongly a parameter is drawn to its anchor; 0 does not.
-        every: How many steps there are from one pull to the next.
-        layers: The frozen state of each layer in the Kronecker basis, by its weight and, if there is one, its
-            bias.
+        pull: λ, how strongly a parameter is pulled towards its anchor; 0 does not. A function is called at
+            each step, where λ is chosen later.
+        every: The largest number of steps from one pull to the next.
 
     Raises:
         ValueError: If ``scale`` or ``pull`` is negative, ``every`` is not positive, the optimizer is wrapped
             already, or a state was restored and not located yet.
 
     Example:
+        >>> from lightning_blip.frozen.diagonal import DiagonalState
         >>> theta = torch.nn.Parameter(torch.tensor([0.3, -0.6]))
-        >>> frozen = FrozenBits.of(theta, bound=1.0, prior=1.0)
-        >>> frozen.freeze(theta.data, bits=torch.tensor([2, 0]), keep_free_bits=True)
-        >>> optimizer = FrozenBitsOptimizer(torch.optim.SGD([theta], lr=1.0), {theta: frozen})
+        >>> state = DiagonalState.of(theta, bound=1.0, prior=1.0)
+        >>> state.freeze(theta.data, bits=torch.tensor([2, 0]), keep_free_bits=True)
+        >>> optimizer = FrozenBitsOptimizer(torch.optim.SGD([theta], lr=1.0), {theta: state})
         >>> theta.grad = torch.tensor([0.25, 0.25])
         >>> optimizer.step()
         >>> theta.data
@@ -71,43 +71,47 @@ class FrozenBitsOptimizer(Optimizer):
         quadratic penalty of EWC (Kirkpatrick et al., PNAS 2017).
     """
 
-    # Optimizer.__init__ is not called: groups, state and hooks have one owner, the wrapped optimizer.
+    # Optimizer.__init__ would make groups, state and hooks of its own, and run every global hook twice. They
+    # have one owner, the wrapped optimizer, also after it has loaded a state: __getattr__ finds them there.
     def __init__(
         self,
         optimizer: Optimizer,
-        frozen: Mapping[Tensor, FrozenBits],
+        frozen: Mapping[Any, FrozenState],
         scale: float = 0.0,
-        pull: float = 0.0,
+        pull: float | Callable[[], float] = 0.0,
         every: int = 1,
-        layers: Mapping[tuple[Tensor, ...], KroneckerBits] | None = None,
     ) -> None:
         if isinstance(optimizer, FrozenBitsOptimizer):
             raise ValueError(f"optimizer={optimizer!r} is wrapped already: pass its .optimizer instead")
-        check_strengths(scale=scale, pull=pull)
+        check_strengths(scale=scale, **({} if callable(pull) else {"pull": pull}))
         check_every(every)
-        if any(state.checksum is not None for state in frozen.values()):
-            raise ValueError("frozen holds restored states: call locate(theta) on each of them first")
+        if not all(state.is_located for state in frozen.values()):
+            raise ValueError("frozen holds restored states: call locate([theta]) on each of them first")
         self.optimizer = optimizer
         self.frozen = frozen
         self.scale = scale
-        self.pull = pull
         self.every = every
-        self.layers = layers or {}
-        self._protected: list[_Protected] | None = None
+        self._pull = pull
+        self._guards: list[_Guard] | None = None
+        self._steppers: dict[type[FrozenState], Stepper] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        # First among the post-hooks: the user's own then see the projected values.
-        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
+        _run_first(optimizer, self._handles[1].id)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there yet while unpickling
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
+    @property
+    def pull(self) -> float:
+        """λ."""
+        return self._pull() if callable(self._pull) else self._pull
+
     def step(self, closure: Closure | None = None) -> Any:
-        """Takes one step of the wrapped optimizer, inside what the frozen bits allow.
+        """Take one step of the wrapped optimizer, within what the frozen bits allow.
 
         Args:
             closure: Reevaluates the model and returns the loss.
@@ -118,26 +122,26 @@ class FrozenBitsOptimizer(Optimizer):
         return self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients of all parameters, as the wrapped optimizer does."""
+        """Reset the gradients of all parameters, as the wrapped optimizer does."""
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state: a checkpoint is the same with the wrapper and without."""
+        """Return the wrapped optimizer's state: a checkpoint is the same with the wrapper and without."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of the wrapped optimizer."""
+        """Load a state of the wrapped optimizer."""
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group to the wrapped optimizer."""
+        """Add a parameter group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
-        self._protected = None
+        self._guards = None
 
     def __repr__(self) -> str:
         return f"FrozenBitsOptimizer({self.optimizer!r}, scale={self.scale}, pull={self.pull})"
 
-    # A fused optimizer reads these two from itself, a gradient scaler sets them on the one it is given.
+    # A fused optimizer reads these two from itself, a gradient scaler sets them on the optimizer it is given.
     @property
     def grad_scale(self) -> Any:
         """The gradient scaler's factor, for fused optimizers."""
@@ -164,20 +168,8 @@ class FrozenBitsOptimizer(Optimizer):
     def found_inf(self) -> None:
         del self.optimizer.found_inf  # type: ignore[attr-defined]
 
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """Pulls by what is due since the last pull, without a step."""
-        steps = [
-            self._held_back(one, None, 1.0, self.pull * one.frozen.collected())
-            for one in self._protected or []
-            if one.tasks and not one.outdated
-        ]
-        hold_back_all(steps, self.scale)
-        for parameters, frozen, group in self._layers_here():
-            self._hold_back_layer(parameters, frozen, group, frozen.collected())
-
     def unwrap(self) -> Optimizer:
-        """Takes the freezing off again.
+        """Remove the hooks.
 
         Returns:
             The wrapped optimizer, as it was before.
@@ -188,18 +180,10 @@ class FrozenBitsOptimizer(Optimizer):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._protected is None or any(one.outdated for one in self._protected):
-            self._protected = [
-                _Protected(theta, self.frozen[theta], group)
-                for group in optimizer.param_groups
-                for theta in group["params"]
-                if theta in self.frozen
-            ]
-            if sum(one.theta.numel() for one in self._protected) <= CHUNK:
-                for one in self._protected:
-                    one.find_walls()
-        for one in self._protected:
-            one.remember(self.scale > 0 and not _keeps_its_update(optimizer, one.group))
+        if self._guards is None:
+            self._guards = self._make_guards()
+        for guard in self._guards:
+            guard.prepare(self.scale > 0 and not _keeps_its_update(optimizer, guard.group))
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
             self._mask_gradients()
@@ -214,119 +198,100 @@ class FrozenBitsOptimizer(Optimizer):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        protected = self._protected or []
-        steps, clamped = [], []
-        for one in protected:
-            if one.tasks:
-                step = self._step(one)
-                if one.walls is None or step.pull or step.update is not None:
-                    steps.append(step)
-                else:
-                    clamped.append((one.theta.detach(), *one.walls))
-        if clamped:
-            thetas, low, high = (list(parts) for parts in zip(*clamped, strict=True))
-            torch._foreach_maximum_(thetas, low)
-            torch._foreach_minimum_(thetas, high)
-        hold_back_all(steps, self.scale)
-        if self.layers:
-            for parameters, frozen, group in self._layers_here():
-                rate = frozen.due(effective_rate(group), self.every)
-                self._hold_back_layer(parameters, frozen, group, rate)
-        for one in protected:
-            if not one.tasks:  # only the bound holds it
-                one.frozen.due(0.0, self.every)
-                largest = one.frozen.bound * (1 - 2.0**-one.frozen.max_bits)
-                one.theta.clamp_(-largest, largest)
-            one.mask(*self.optimizer.state.get(one.theta, {}).values())
-            one.forget()
+        steps: dict[type[FrozenState], list[Step]] = {}
+        for guard in self._guards or []:
+            steps.setdefault(type(guard.state), []).append(guard.step(self.scale, self.pull, self.every))
+        for kind in steps.keys() - self._steppers.keys():
+            self._steppers[kind] = kind.stepper()
+        hold_back_each(steps, self._steppers, self.scale)
+        for guard in self._guards or []:
+            guard.mask(*optimizer.state.get(guard.parameters[0], {}).values())
+            guard.forget()
 
-    def _step(self, one: _Protected) -> Step:
-        rate = float(one.group["lr"])
-        update, factor = one.update_from_before(), 1.0
-        if update is None and self.scale and one.theta.grad is not None:
-            update = self.optimizer.state.get(one.theta, {}).get("momentum_buffer", one.theta.grad)
-            update, factor = update if update.layout == torch.strided else update.to_dense(), rate
-        pull = self.pull * one.frozen.due(effective_rate(one.group), self.every)
-        return self._held_back(one, update, factor, pull)
-
-    def _held_back(self, one: _Protected, update: Tensor | None, factor: float, pull: float) -> Step:
-        P = preconditioner(self.optimizer, one.theta, one.group) if pull else None
-        return Step(one.theta, one.frozen, update, factor, pull, P, seldom=pull > 0 and self.every > 1)
-
-    def _layers_here(self) -> Iterator[tuple[tuple[Tensor, ...], KroneckerBits, dict[str, Any]]]:
-        """The layers whose weight this optimizer steps, each with its group."""
-        groups = {theta: group for group in self.optimizer.param_groups for theta in group["params"]}
-        for parameters, frozen in self.layers.items():
+    def _make_guards(self) -> list[_Guard]:
+        """Return a guard for every state whose first parameter this optimizer steps."""
+        groups = {
+            theta: index
+            for index, group in enumerate(self.optimizer.param_groups)
+            for theta in group["params"]
+        }
+        guards = []
+        for key, state in self.frozen.items():
+            parameters = key if isinstance(key, tuple) else (key,)
             if parameters[0] in groups:
-                yield parameters, frozen, groups[parameters[0]]
-
-    def _hold_back_layer(
-        self, parameters: tuple[Tensor, ...], frozen: KroneckerBits, group: dict[str, Any], rate: float
-    ) -> None:
-        if rate and frozen.tasks:
-            P = preconditioner(self.optimizer, parameters[0], group) if self.pull else None
-            mean = 1.0 if P is None else float(P.square().mean().sqrt())
-            frozen.hold_back(parameters, self.pull * rate / max(mean, 1e-30))
+                guards.append(_Guard(self.optimizer, parameters, state, groups[parameters[0]]))
+                state.divisor = weakref.WeakMethod(guards[-1].divisor)
+        return guards
 
     def _mask_gradients(self) -> None:
-        for one in self._protected or ():
-            one.mask(one.theta.grad)
+        for guard in self._guards or ():
+            guard.mask(guard.parameters[0].grad)
 
 
-class _Protected:
-    """A parameter of a group with its frozen state, and what a step needs of it from before."""
+class _Guard:
+    """One state with its parameters and their group, and what a step needs from before it."""
 
-    def __init__(self, theta: Tensor, frozen: FrozenBits, group: dict[str, Any]) -> None:
-        self.theta = theta
-        self.frozen = frozen
-        self.group = group
-        self.tasks = frozen.tasks
-        self.walls: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self, optimizer: Optimizer, parameters: tuple[Tensor, ...], state: FrozenState, group: int
+    ) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self.parameters = parameters
+        self.state = state
+        self._tasks = -1
+        self._has_immovable = False
         self._before: Tensor | None = None
-        self._everything: Tensor | None = None
-        self._has_unmovable = bool(self._unmovable().any())
+        self._immovable: Tensor | None = None
 
     @property
-    def outdated(self) -> bool:
-        """Whether the state was consolidated since."""
-        return self.frozen.tasks != self.tasks
+    def group(self) -> dict[str, Any]:
+        """The parameters' group; an optimizer makes new ones when it loads a state."""
+        group: dict[str, Any] = self._optimizer.param_groups[self._group]
+        return group
 
-    def find_walls(self) -> None:
-        """Keeps the walls of the cells: in small networks it is not memory that counts, but calls."""
-        self.walls = self.frozen.limits(self.theta.dtype)
+    def divisor(self) -> Tensor | None:
+        """Return P of the first parameter; None where it is 1."""
+        return preconditioner(self._optimizer, self.parameters[0], self.group)
 
-    def remember(self, values: bool) -> None:
-        """Finds the values with all bits frozen and, where asked to and of use, keeps all values."""
-        if values and self.tasks:
-            self._before = self.theta.detach().clone()
-        if self._has_unmovable:
-            self._everything = self._unmovable()
+    def prepare(self, keep_values: bool) -> None:
+        """Find the values with all bits frozen and, where asked, keep a copy of all values."""
+        if self._tasks != self.state.tasks:  # consolidated since the last step
+            self._tasks, self._has_immovable = self.state.tasks, self.state.immovable() is not None
+        if keep_values and self.state.tasks:
+            self._before = self.parameters[0].detach().clone()
+        if self._has_immovable:
+            self._immovable = self.state.immovable()
+
+    def step(self, scale: float, pull: float, every: int) -> Step:
+        """Return the step that the optimizer has taken, with the pull that is due."""
+        theta, group, factor = self.parameters[0], self.group, 1.0
+        update = None if self._before is None else self._before.sub_(theta)
+        if update is None and scale and theta.grad is not None and self.state.tasks:
+            update = self._optimizer.state.get(theta, {}).get("momentum_buffer", theta.grad)
+            update, factor = update if update.layout == torch.strided else update.to_dense(), group["lr"]
+        rate = self.state.pace.due(effective_rate(group), every)
+        divisor = self.divisor() if pull * rate and self.state.tasks else None
+        seldom = pull * rate > 0 and every > 1
+        return Step(self.parameters, self.state, pull, rate, divisor, update, float(factor), seldom)
 
     def forget(self) -> None:
-        """Frees what was remembered for one step."""
-        self._before = self._everything = None
-
-    def update_from_before(self) -> Tensor | None:
-        """What the step took off the values; only once, since it is worked out in place."""
-        return None if self._before is None else self._before.sub_(self.theta)
+        """Free what was kept for one step."""
+        self._before = self._immovable = None
 
     def mask(self, *tensors: Any) -> None:
-        """Sets to 0 what belongs to values with all bits frozen."""
-        if self._everything is None:
+        """Set to 0 what belongs to values with all bits frozen."""
+        if self._immovable is None:
             return
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.shape == self.theta.shape:
+            if isinstance(tensor, Tensor) and tensor.shape == self._immovable.shape:
                 if tensor.layout == torch.strided:
-                    tensor.masked_fill_(self._everything, 0)
+                    tensor.masked_fill_(self._immovable, 0)
                 else:
-                    tensor.mul_((~self._everything).to(tensor.dtype))
-
-    def _unmovable(self) -> Tensor:
-        return self.frozen.packed & BITS_MASK == self.frozen.max_bits
+                    tensor.mul_((~self._immovable).to(tensor.dtype))
 
 
 def check_strengths(**strengths: float) -> None:
-    """Refuses a negative ``scale`` or ``pull``, by name.
+    """Raise an error for a negative ``scale``, ``pull`` or ``damping``, by name.
 
     Raises:
         ValueError: If one is negative or NaN.
@@ -340,7 +305,7 @@ def check_strengths(**strengths: float) -> None:
 
 
 def check_every(every: int) -> None:
-    """Refuses a number of steps that is not positive.
+    """Raise an error for a number of steps that is not positive.
 
     Raises:
         ValueError: If it is not.
@@ -352,10 +317,18 @@ def check_every(every: int) -> None:
         raise ValueError(f"every={every} must be a number of steps, at least 1")
 
 
-def _keeps_its_update(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the last update is still at hand after the step: SGD's is −η times its gradient or momentum.
+def _run_first(optimizer: Optimizer, hook: int) -> None:
+    """Run a post-step hook before all others, so that users' hooks see the projected values.
 
-    The values before the step need not be copied then, which is a good part of what a step costs.
+    Public functions register a hook last; the order is that of a private dictionary (torch 2.0 and later).
+    """
+    optimizer._optimizer_step_post_hooks.move_to_end(hook, last=False)  # type: ignore[attr-defined]
+
+
+def _keeps_its_update(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Return whether the last update can be read after the step: SGD's is −η times gradient or momentum.
+
+    The values before the step need not be copied then, which is a large part of what a step costs.
     """
     return (
         type(optimizer) is SGD

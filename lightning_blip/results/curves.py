@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -148,7 +147,7 @@ class ForgettingCurves(Callback):
         names = [task.name for task in tasks.tasks]
         settings = {
             "ceilings": self.ceilings and dict(zip(names, self.ceilings, strict=True)),
-            "blip": blip and {name: getattr(blip, name) for name in inspect.signature(BLIP).parameters},
+            "blip": blip and blip.as_dict(),
             "chosen": blip and blip.chosen,
             "stream": {"tasks": len(tasks), "epochs": tasks.epochs, "batch_size": tasks.batch_size},
             "hyperparameters": dict(trainer.lightning_module.hparams),

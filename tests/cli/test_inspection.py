@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_blip import BLIP
-from lightning_blip.blip import VERSION
+from lightning_blip.checkpoint import VERSION
 from lightning_blip.cli import main as cli
 from lightning_blip.cli.inspection import frozen_layers, read_blip, whole_network
 from tests.helpers.networks import QUIET, Net, pairs

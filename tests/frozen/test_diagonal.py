@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_blip.frozen.diagonal import (
-    FrozenBits,
+from lightning_blip.frozen.diagonal import DiagonalState
+from lightning_blip.frozen.packing import (
     bound,
     cell_codes,
     decode,
@@ -37,7 +37,7 @@ def values_and_bits(draw: st.DrawFn) -> tuple[Tensor, Tensor, float, int]:
 def test_bound_of_a_layer_is_by_its_inputs_and_grows_for_weights_that_lie_outside():
     layer = nn.Linear(9, 4)
     assert bound(layer.weight, 9) == pytest.approx(6 / 3)
-    assert bound(layer.bias, 9, bias=True) == 1.0
+    assert bound(layer.bias, 9, is_bias=True) == 1.0
     assert bound(torch.tensor([2.5]), 9) == 8.0
     assert bound(torch.zeros(3)) == 1.0
     assert bound(torch.ones(3)) == 2.0
@@ -73,10 +73,10 @@ def test_the_free_bits_stay_within_half_a_step_and_the_papers_zero_bits_are_zero
     theta = theta * (1 - 2.0**-max_bits)
     step = largest / 2**max_bits
     kept, rounded = theta.clone(), theta.clone()
-    FrozenBits.of(theta, largest, 1.0, max_bits).freeze(kept, bits, keep_free_bits=True)
+    DiagonalState.of(theta, largest, 1.0, max_bits).freeze(kept, bits, keep_free_bits=True)
     # Half a step, and the half unit in the last place of a value that float32 cannot name exactly.
     assert ((kept - theta).abs() <= step / 2 + largest * 2.0**-23).all()
-    FrozenBits.of(theta, largest, 1.0, max_bits, "paper").freeze(rounded, bits, keep_free_bits=False)
+    DiagonalState.of(theta, largest, 1.0, max_bits, "paper").freeze(rounded, bits, keep_free_bits=False)
     assert (rounded[bits == 0] == 0).all()
     expected = (largest * (theta / largest * 2.0**bits).round() / 2.0**bits).clamp(
         -largest + step, largest - step
@@ -126,12 +126,12 @@ def test_zero_lies_a_third_of_a_strict_cell_from_its_edges(bits):
 @given(values_and_bits(), CELLS)
 def test_the_state_comes_back_exactly(case, cell):
     theta, bits, largest, max_bits = case
-    frozen = FrozenBits.of(theta, largest, 1e-11, max_bits, cell)
+    frozen = DiagonalState.of(theta, largest, 1e-11, max_bits, cell)
     frozen.information = frozen.information + torch.rand(theta.shape)
     kept = theta.clone()
     frozen.freeze(kept, bits, keep_free_bits=True)
-    restored = FrozenBits.from_state_dict(frozen.state_dict())
-    restored.locate(kept)
+    restored = DiagonalState.from_state_dict(frozen.state_dict())
+    restored.locate([kept])
     assert torch.equal(restored.packed, frozen.packed)
     assert torch.equal(restored.precision, frozen.precision)
     assert torch.equal(restored.bits, bits.to(torch.uint8))
@@ -139,24 +139,24 @@ def test_the_state_comes_back_exactly(case, cell):
     assert torch.equal(encode(kept, largest, max_bits), code)
     if cell == "paper":
         assert torch.equal(restored.code, code)
-    assert (restored.bound, restored.prior, restored.max_bits) == (largest, 1e-11, max_bits)
-    assert (restored.cell, restored.tasks) == (cell, 1)
+    assert (restored.bound, restored.prior, restored.freezing) == (largest, 1e-11, frozen.freezing)
+    assert (restored.freezing.cell, restored.tasks) == (cell, 1)
 
 
 @given(values_and_bits(), st.integers(0, 2**31))
 def test_in_the_strict_cell_any_values_in_it_restore_the_state(case, seed):
     theta, bits, largest, max_bits = case
-    frozen = FrozenBits.of(theta, largest, 1.0, max_bits)
+    frozen = DiagonalState.of(theta, largest, 1.0, max_bits)
     frozen.freeze(theta, bits, keep_free_bits=True)
     low, high = frozen.limits(torch.float32)
     torch.manual_seed(seed)
     elsewhere = torch.lerp(low, high, torch.rand(theta.shape)).clamp(low, high)
     for inside in (low, high, elsewhere):
-        restored = FrozenBits.from_state_dict(frozen.state_dict())
+        restored = DiagonalState.from_state_dict(frozen.state_dict())
         assert torch.equal(restored.bits, frozen.bits)
         assert torch.equal(restored.precision, frozen.precision)
-        again = FrozenBits.from_state_dict(restored.state_dict())  # saved before it was located
-        again.locate(inside)
+        again = DiagonalState.from_state_dict(restored.state_dict())  # saved before it was located
+        again.locate([inside])
         assert torch.equal(again.packed, frozen.packed)
         assert again.state_dict().keys() == frozen.state_dict().keys()
 
@@ -164,7 +164,7 @@ def test_in_the_strict_cell_any_values_in_it_restore_the_state(case, seed):
 @given(values_and_bits())
 def test_a_strict_anchor_is_within_a_256th_of_its_cell(case):
     theta, bits, largest, max_bits = case
-    frozen = FrozenBits.of(theta, largest, 1.0, max_bits)
+    frozen = DiagonalState.of(theta, largest, 1.0, max_bits)
     frozen.freeze(theta, bits, keep_free_bits=True)
     code = encode(theta, largest, max_bits)
     low, high = cell_codes(code, bits, max_bits, "strict")
@@ -176,15 +176,15 @@ def test_a_strict_anchor_is_within_a_256th_of_its_cell(case):
 
 def test_other_weights_than_those_that_were_saved_are_refused():
     theta = torch.rand(300) - 0.5
-    frozen = FrozenBits.of(theta, 1.0, 1.0)
+    frozen = DiagonalState.of(theta, 1.0, 1.0)
     frozen.freeze(theta, torch.full((300,), 6), keep_free_bits=True)
     for other in (-theta, theta.flip(0), theta + 2**-6 * (torch.arange(300) == 7)):
-        restored = FrozenBits.from_state_dict(frozen.state_dict())
+        restored = DiagonalState.from_state_dict(frozen.state_dict())
         with pytest.raises(ValueError, match="load the module's weights from the same checkpoint first"):
-            restored.locate(other)
-    with pytest.raises(ValueError, match=r"call locate\(theta\) first"):
+            restored.locate([other])
+    with pytest.raises(ValueError, match=r"call locate\(\[theta\]\) first"):
         restored.limits(torch.float32)
-    restored.locate(theta)
+    restored.locate([theta])
     assert torch.equal(restored.packed, frozen.packed)
 
 
@@ -206,7 +206,7 @@ def test_every_stored_information_is_stored_as_itself():
 
 def test_the_state_takes_six_bytes_a_value_and_three_in_a_checkpoint_however_many_tasks():
     theta = torch.randn(100).clamp(-0.9, 0.9)
-    strict, paper = (FrozenBits.of(theta, 1.0, 1.0, cell=cell) for cell in ("strict", "paper"))
+    strict, paper = (DiagonalState.of(theta, 1.0, 1.0, cell=cell) for cell in ("strict", "paper"))
     for task in range(5):
         for frozen, saved in ((strict, 300), (paper, 600)):
             frozen.information = torch.full((100,), 4.0**task - 1)

@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_blip import BLIP
-from lightning_blip.blip import VERSION
+from lightning_blip.checkpoint import VERSION
 from tests.helpers.networks import QUIET, Net, pairs
 
 FOLDER = Path(__file__).parent

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_blip.frozen.diagonal import FrozenBits
+from lightning_blip.fisher.factors import Factors
+from lightning_blip.frozen.diagonal import DiagonalInformation, DiagonalState
+from lightning_blip.frozen.kronecker import KroneckerInformation
+from lightning_blip.frozen.network import FrozenNetwork
 from lightning_blip.optim.optimizer import FrozenBitsOptimizer
 
 OPTIMIZERS = {
@@ -39,7 +42,7 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 def problem(bits: Tensor | int, cell: str = "strict", gained: float = 0.0):
     """A parameter of 24 values in (−1, 1) with the given frozen bits, and its frozen state."""
     theta = nn.Parameter(torch.rand(4, 6) * 1.8 - 0.9)
-    frozen = FrozenBits.of(theta, bound=1.0, prior=1.0, cell=cell)
+    frozen = DiagonalState.of(theta, bound=1.0, prior=1.0, cell=cell)
     frozen.information = frozen.information + gained
     frozen.freeze(theta.data, torch.as_tensor(bits).expand(4, 6), keep_free_bits=True)
     return theta, frozen
@@ -106,7 +109,7 @@ def test_values_with_all_bits_frozen_get_no_gradient_momentum_or_decay(make):
 def test_nothing_frozen_and_nothing_learned_is_the_plain_optimizer(make):
     theta = nn.Parameter(torch.rand(4, 6) * 0.1)
     plain = nn.Parameter(theta.detach().clone())
-    frozen = FrozenBits.of(theta, bound=1e6, prior=1.0)
+    frozen = DiagonalState.of(theta, bound=1e6, prior=1.0)
     torch.manual_seed(1)
     walk(FrozenBitsOptimizer(make([theta]), {theta: frozen}, scale=2.0, pull=10.0), theta)
     torch.manual_seed(1)
@@ -160,7 +163,7 @@ def test_a_parameter_without_a_gradient_is_left_where_it_is():
 
 def test_sparse_gradients_are_scaled_too():
     rows = nn.Embedding(4, 6, sparse=True)
-    frozen = FrozenBits.of(rows.weight, bound=8.0, prior=1.0)
+    frozen = DiagonalState.of(rows.weight, bound=8.0, prior=1.0)
     frozen.freeze(rows.weight.data, torch.full((4, 6), 1), keep_free_bits=True)
     before = rows.weight.detach().clone()
     optimizer = FrozenBitsOptimizer(SGD(rows.parameters(), lr=0.01), {rows.weight: frozen}, scale=1.0)
@@ -174,7 +177,7 @@ def test_sparse_gradients_are_scaled_too():
 
 def test_rows_with_all_bits_frozen_get_no_sparse_gradient():
     rows = nn.Embedding(4, 6, sparse=True)
-    frozen = FrozenBits.of(rows.weight, bound=8.0, prior=1.0)
+    frozen = DiagonalState.of(rows.weight, bound=8.0, prior=1.0)
     bits = torch.tensor([0, 20, 0, 20])[:, None].expand(4, 6)
     frozen.freeze(rows.weight.data, bits.contiguous(), keep_free_bits=True)
     before = rows.weight.detach().clone()
@@ -225,23 +228,53 @@ def test_a_pull_of_one_strength_holds_every_optimizer_at_the_same_point(make, ev
     torch.testing.assert_close(theta.data, (2.0 * goal + 6.0 * anchor) / 8.0, rtol=0.0, atol=2e-3)
 
 
-def test_a_last_pull_catches_up_with_the_steps_since_the_one_before():
+@pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
+def test_a_boundary_applies_the_pull_that_is_still_due(basis):
     pulled = []
     for every in (2, 3):
         torch.manual_seed(0)
-        theta, frozen = problem(0, gained=7.0)
-        optimizer = FrozenBitsOptimizer(Adam([theta], lr=0.01), {theta: frozen}, pull=300.0, every=every)
-        frozen.total = 100
+        layer, network = nn.Linear(6, 4), FrozenNetwork(basis)
+        network.attach(layer, dict(layer.named_parameters()))
+        for name, state in network.states.items():
+            parameters = [dict(layer.named_parameters())[one] for one in network.names[name]]
+            state.prior = 1e6  # no cells in the way
+            information = (
+                DiagonalInformation(torch.full_like(parameters[0], 7.0))
+                if basis == "diagonal"
+                else KroneckerInformation(Factors(7.0 * torch.eye(7), torch.eye(4)))
+            )
+            state.consolidate(parameters, information)
+            state.pace.total = 100
+        optimizer = FrozenBitsOptimizer(
+            Adam(layer.parameters(), lr=0.01), network.by_parameters(layer), pull=300.0, every=every
+        )
         for gradient in (0.5, 0.2):
-            theta.grad = torch.full_like(theta, gradient)
+            for theta in layer.parameters():
+                theta.grad = torch.full_like(theta, gradient)
             optimizer.step()
-        free = theta.detach().clone()
-        optimizer.catch_up()
-        pulled.append(theta.detach().clone())
+        free = layer.weight.detach().clone()
+        with torch.no_grad():
+            network.settle(layer, pull=300.0)
+        pulled.append(layer.weight.detach().clone())
     assert torch.equal(*pulled)
     assert not torch.equal(free, pulled[1])
-    optimizer.catch_up()
-    assert torch.equal(theta, pulled[1])
+    with torch.no_grad():
+        network.settle(layer, pull=300.0)
+    torch.testing.assert_close(layer.weight.data, pulled[1])
+
+
+def test_the_group_of_a_parameter_is_found_again_after_a_state_was_loaded():
+    theta, frozen = problem(0, gained=7.0)
+    anchor = frozen.anchor(torch.float32)
+    optimizer = FrozenBitsOptimizer(SGD([theta], lr=0.01), {theta: frozen}, pull=3.0)
+    walk(optimizer, theta, steps=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.1
+    optimizer.load_state_dict(saved)
+    before = theta.detach().clone()
+    theta.grad = torch.zeros_like(theta)
+    optimizer.step()
+    torch.testing.assert_close(theta.data, anchor + (before - anchor) / (1 + 0.1 * 3.0 * 7.0))
 
 
 def test_a_huge_pull_stays_stable_at_the_anchor():
@@ -253,7 +286,7 @@ def test_a_huge_pull_stays_stable_at_the_anchor():
 
 def test_before_the_first_task_only_the_bound_holds():
     theta = nn.Parameter(torch.zeros(3))
-    frozen = FrozenBits.of(theta, bound=0.5, prior=1.0)
+    frozen = DiagonalState.of(theta, bound=0.5, prior=1.0)
     optimizer = FrozenBitsOptimizer(SGD([theta], lr=1.0), {theta: frozen}, scale=2.0, pull=5.0)
     theta.grad = torch.tensor([10.0, -10.0, 0.1])
     optimizer.step()

@@ -1,8 +1,9 @@
-"""Checks on what a checkpoint holds, before anything is made of it."""
+"""Checks on the entries of a saved state, before any of them is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor
 def check_tensor(
     state: Mapping[str, Any], name: str, dtypes: Sequence[torch.dtype], shape: Sequence[int]
 ) -> None:
-    """Refuses what is no finite tensor of a type and shape.
+    """Raise an error unless an entry is a finite tensor of the right type and shape.
 
     Args:
-        state: What was saved.
-        name: Of the entry.
-        dtypes: Those that are right.
-        shape: Its shape.
+        state: The saved state.
+        name: The name of the entry.
+        dtypes: The allowed types.
+        shape: The right shape.
 
     Raises:
         ValueError: If it is not.
@@ -35,13 +36,13 @@ def check_tensor(
 
 
 def check_number(state: Mapping[str, Any], name: str, low: float, high: float = float("inf")) -> None:
-    """Refuses what is no number in a range.
+    """Raise an error unless an entry is a number within a range.
 
     Args:
-        state: What was saved.
-        name: Of the entry.
-        low: The least that is right.
-        high: The most.
+        state: The saved state.
+        name: The name of the entry.
+        low: The smallest allowed value.
+        high: The largest allowed value.
 
     Raises:
         ValueError: If it is not.
@@ -52,3 +53,20 @@ def check_number(state: Mapping[str, Any], name: str, low: float, high: float = 
     value = state[name]
     if not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name}={value!r} should be a number from {low} to {high}")
+
+
+@contextmanager
+def naming(parameter: str) -> Iterator[None]:
+    """Add the name of a parameter to every ValueError raised inside.
+
+    Example:
+        >>> with naming("body.weight"):
+        ...     raise ValueError("it is damaged")
+        Traceback (most recent call last):
+        ...
+        ValueError: Parameter 'body.weight': it is damaged
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Parameter {parameter!r}: {error}") from error

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lightning_blip.frozen.diagonal import FrozenBits
-from lightning_blip.optim import step as module
-from lightning_blip.optim.step import Step, hold_back_all
+from lightning_blip.frozen import fused as module
+from lightning_blip.frozen.base import Step
+from lightning_blip.frozen.diagonal import DiagonalState
+from lightning_blip.frozen.fused import Compiled, hold_back_all
 
 SCALE = 0.7
 
@@ -16,31 +17,31 @@ def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull
     made = []
     for shape in sizes:
         theta = (torch.rand(shape) - 0.5).to(dtype)
-        frozen = FrozenBits.of(theta, bound=0.7, prior=1e-3, cell=cell)
+        frozen = DiagonalState.of(theta, bound=0.7, prior=1e-3, cell=cell)
         frozen.information = torch.exp2(torch.rand(shape) * 60 - 20) * (torch.rand(shape) < 0.9)
         frozen.freeze(theta, torch.randint(0, 21, theta.shape), keep_free_bits=True)
         step = torch.randn_like(theta)
         theta -= rate * step
         P = torch.exp2(torch.randn_like(theta)) if divisor and pull else None
-        made.append(Step(theta, frozen, step if update else None, rate, pull * rate, P))
+        made.append(Step([theta], frozen, pull, rate, P, step if update else None, rate))
     return made
 
 
-def held_back(made):
-    hold_back_all(made, SCALE)
-    return [step.theta for step in made]
+def held_back(made, compiled=None):
+    hold_back_all(made, SCALE, compiled or Compiled())
+    return [step.parameters[0] for step in made]
 
 
 def slow_and_right(step):
     """The formulas, in float64."""
-    theta, bits = step.theta.double(), step.frozen.bits.double()
+    theta, bits = step.parameters[0].double(), step.state.bits.double()
     if step.update is not None:
         theta = theta + step.factor * step.update.double() * (1 - 2 ** (-SCALE * bits))
-    strength = step.pull * step.frozen.prior * step.frozen.information.double()
+    strength = step.strength * step.state.prior * step.state.information.double()
     if step.divisor is not None:
         strength = strength / step.divisor.double()
-    theta = theta + (step.frozen.anchor(torch.float64) - theta) * strength / (1 + strength)
-    return theta.clamp(*step.frozen.limits(torch.float64))
+    theta = theta + (step.state.anchor(torch.float64) - theta) * strength / (1 + strength)
+    return theta.clamp(*step.state.limits(torch.float64))
 
 
 @pytest.mark.parametrize("update", [False, True])
@@ -59,25 +60,25 @@ def test_it_is_the_formulas(divisor, dtype, cell, pull, update):
 def test_chunks_and_memory_formats_do_not_change_a_bit(dtype, monkeypatch):
     sizes = [(2, 3, 5, 7), (100,), (), (1,)]
     expected = held_back(steps(sizes, dtype=dtype))
-    monkeypatch.setattr(module, "_compiled", lambda *arguments: False)
+    plain = Compiled()
+    plain.works = False
     monkeypatch.setattr(module, "CHUNK", 16)
     monkeypatch.setattr(module, "SMALL", 2)
     monkeypatch.setattr(module, "CALLS", 1)
     for formats in ("all", "theta alone"):
         made = steps(sizes, dtype=dtype)
-        made[0].theta = made[0].theta.to(memory_format=torch.channels_last)
+        made[0].parameters = [made[0].parameters[0].to(memory_format=torch.channels_last)]
         if formats == "all":
-            made[0].frozen.packed = made[0].frozen.packed.to(memory_format=torch.channels_last)
-            made[0].frozen.gained = made[0].frozen.gained.to(memory_format=torch.channels_last)
+            made[0].state.packed = made[0].state.packed.to(memory_format=torch.channels_last)
+            made[0].state.gained = made[0].state.gained.to(memory_format=torch.channels_last)
             made[0].update = made[0].update.to(memory_format=torch.channels_last)
-        for theta, other in zip(held_back(made), expected, strict=True):
+        for theta, other in zip(held_back(made, plain), expected, strict=True):
             assert torch.equal(theta, other)
 
 
 def test_compiled_once_it_gives_the_same_bits(monkeypatch):
     sizes = [(300, 401), (1,), (9,), (1000,), (33, 3, 2)]
-    compiled = module._Compiled()
-    monkeypatch.setattr(module, "_compiled", compiled)
+    compiled = Compiled()
     for rate in (0.1, 0.03):
         expected = held_back(steps(sizes, rate=rate))
         with monkeypatch.context() as patch:
@@ -87,9 +88,9 @@ def test_compiled_once_it_gives_the_same_bits(monkeypatch):
                 torch.compiler.set_stance("default" if rate == 0.1 else "fail_on_recompile"),
                 torch.no_grad(),
             ):
-                found = held_back(steps(sizes, rate=rate))
-        assert compiled._function is not None
-        assert compiled._works
+                found = held_back(steps(sizes, rate=rate), compiled)
+        assert compiled.function is not None
+        assert compiled.works
         for theta, other in zip(found, expected, strict=True):
             assert torch.equal(theta, other)
 
@@ -102,12 +103,12 @@ def test_where_compiling_fails_it_is_tried_once_and_said_once(monkeypatch, recwa
         return call
 
     expected = held_back(steps([(400,), (50,)]))
-    monkeypatch.setattr(module, "_compiled", module._Compiled())
+    compiled = Compiled()
     monkeypatch.setattr(module, "CHUNK", 100)
     monkeypatch.setattr(module, "SMALL", 60)
     monkeypatch.setattr(torch, "compile", fails)
     for _ in range(2):
-        for theta, other in zip(held_back(steps([(400,), (50,)])), expected, strict=True):
+        for theta, other in zip(held_back(steps([(400,), (50,)]), compiled), expected, strict=True):
             assert torch.equal(theta, other)
     assert [str(one.message) for one in recwarn if "no compiler" in str(one.message)] == [
         "torch.compile does not work here (no compiler): steps take longer than they need to"
@@ -116,5 +117,4 @@ def test_where_compiling_fails_it_is_tried_once_and_said_once(monkeypatch, recwa
 
 def test_few_values_are_not_worth_compiling(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
-    monkeypatch.setattr(module, "_compiled", module._Compiled())
     held_back(steps([(784, 100), (100,)]))
