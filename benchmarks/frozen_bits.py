@@ -48,7 +48,7 @@ class Watch(pl.Callback):
         prior = torch.tensor(self.blip.chosen["prior"] * theta.shape[1])
         self.gained.append(information_gain(self.blip.precision()[LAYER].flatten(), prior))
         self.bits.append(self.blip.bits()[LAYER].flatten().int())
-        self.codes.append(encode(theta, bound(theta, fan_in=theta.shape[1]), LARGEST_MAX_BITS).flatten())
+        self.codes.append(encode(theta, bound(theta, fan=theta.shape[1]), LARGEST_MAX_BITS).flatten())
 
 
 def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor, Tensor]:

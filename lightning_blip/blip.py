@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_blip.boundary import BoundaryReport, layer_of, metric_names
-from lightning_blip.frozen.base import FrozenState
 from lightning_blip.memory import Memory
 from lightning_blip.optim.optimizer import FrozenBitsOptimizer
+from lightning_blip.readouts import Readouts
 from lightning_blip.settings import Settings
 from lightning_blip.tasks.boundaries import TaskStopping, has_tasks, position, sequence
-from lightning_blip.tasks.norm_stats import NormStats
 from lightning_blip.tasks.streams import Task
-from lightning_blip.trainer.classes import Callback, callbacks_of, is_a, overrides
+from lightning_blip.trainer.classes import Callback, callbacks_of
 from lightning_blip.trainer.finite_loss import check_finite
 from lightning_blip.trainer.internals import is_accumulating, optimizer_steps
 from lightning_blip.trainer.logging import define_axis, log_metrics
+from lightning_blip.trainer.requirements import check_forward, check_strategy
 from lightning_blip.trainer.task_batches import TaskBatches, inputs_and_targets
 
 # A task ends with the mean of the weights that it had after this share of its training.
 _AVERAGED_FROM = 0.8
 
 
-class BLIP(Settings, Callback):
+class BLIP(Settings, Readouts, Callback):
     """Bit-Level Information Preserving: learns a sequence of tasks without forgetting the earlier ones.
 
     After each task it measures the information that the task's data gave each parameter, and freezes that
@@ -39,18 +39,15 @@ class BLIP(Settings, Callback):
     No data is kept, and the memory does not grow with the number of tasks: 6 bytes per parameter, of which a
     checkpoint needs 3 (in the strict cell, under the exact rule; at most 6 otherwise); in the Kronecker basis
     4 bytes per parameter and 4·(in² + out²) per layer. Over the last fifth of a task the mean of the weights
-    takes 4 bytes more. Scaled updates of optimizers other than SGD take 4 bytes during a step. Running
-    statistics may be kept per task, see ``norm_stats``: a few numbers per channel.
+    takes 4 bytes more. Running statistics may be kept per task, see ``norm_stats``.
 
     With a :class:`lightning_blip.TaskSequenceDataModule` everything happens by itself. With a loop of your
     own, call :meth:`consolidate` after each task; the same object, added to the next Trainer, goes on.
 
-    It tracks every trainable parameter outside of :class:`lightning_blip.TaskHeads`. While a task trains it
-    logs, as often as the Trainer does, ``blip/predicted_forgetting`` (see :meth:`predicted_forgetting`),
-    ``blip/used_capacity`` (Σ bits / Σ N) and ``blip/at_wall_share`` (the share of values at the walls of
-    their cells). At each boundary it logs all metrics of
-    :class:`lightning_blip.boundary.BoundaryReport`. ``blip/position`` is the position in the sequence, in
-    tasks.
+    While a task trains it logs ``blip/predicted_forgetting`` (see :meth:`predicted_forgetting`),
+    ``blip/used_capacity`` (Σ bits / Σ N) and ``blip/at_wall_share`` as often as the Trainer does; at each
+    boundary all metrics of :class:`lightning_blip.boundary.BoundaryReport`; and with them the position in the
+    sequence, in tasks, as ``blip/position``.
 
     Raises:
         ValueError: If an argument is not allowed. At the start of a fit: if a pattern matches no parameter, a
@@ -71,93 +68,11 @@ class BLIP(Settings, Callback):
         self._memory = Memory(self)
         self._optimizers: list[FrozenBitsOptimizer] = []  # those that the Trainer steps
 
-    # Reading what is frozen
-
-    def bits(self) -> dict[str, Tensor]:
-        """Return the number of frozen leading bits of each parameter: uint8, by parameter name.
-
-        A layer in the Kronecker basis has one entry, by the name of its weight, with the bits of each
-        coordinate ω, (out, in), or (out, in + 1) where there is a bias.
-        """
-        return self._memory.network.bits()
-
-    def precision(self) -> dict[str, Tensor]:
-        """Return S_t of the exact rule, or F_{0:t} of the paper's: float32, by name, as :meth:`bits`."""
-        return self._memory.network.precision()
-
-    def state(self, parameter: str) -> FrozenState:
-        """Return what is frozen in one parameter, alone or together with others of its layer.
-
-        Args:
-            parameter: The name of the parameter.
-
-        Raises:
-            KeyError: If the parameter is not tracked.
-
-        Example:
-            >>> import torch
-            >>> network, blip = nn.Linear(4, 2), BLIP()
-            >>> report = blip.consolidate(network, [(torch.randn(8, 4), torch.zeros(8))])
-            >>> blip.state("weight").tasks
-            1
-        """
-        return self._memory.network.state_of(parameter)
-
-    @property
-    def used_capacity(self) -> float:
-        """The share of all bits that are frozen, Σ bits / Σ N, 0 to 1."""
-        return self._memory.network.used_capacity
-
-    @property
-    def chosen(self) -> dict[str, float]:
-        """The prior, pull and damping in use: as given, or as chosen at the first boundary."""
-        return self._memory.chosen
-
-    @property
-    def norm_stats_in_use(self) -> NormStats | None:
-        """``norm_stats`` as given, or as chosen for the network."""
-        return self._memory.norm_stats
-
-    @property
-    def tasks_learned(self) -> int:
-        """The number of tasks consolidated."""
-        return self._memory.tasks_learned
-
-    def predicted_forgetting(self, module: nn.Module) -> float:
-        """Return the predicted forgetting since the last boundary, from the information alone.
-
-        Use it to compare moments and tasks of one run. As an amount it is too low: in the Kronecker basis by
-        the part beyond second order, in the diagonal basis by far, because it ignores correlations.
-
-        Args:
-            module: The network.
-
-        Returns:
-            ½·Σ (S_t − S_0)·(θ − θ*)²/t, the rise of the past tasks' loss to second order, in nats per sample.
-
-        Example:
-            >>> import torch
-            >>> network, blip = nn.Linear(4, 2), BLIP()
-            >>> report = blip.consolidate(network, [(torch.randn(8, 4), torch.zeros(8))])
-            >>> before = blip.predicted_forgetting(network)
-            >>> network.weight.data += 0.1
-            >>> blip.predicted_forgetting(network) > before
-            True
-        """
-        if not self.tasks_learned:
-            return 0.0
-        self._memory.network.attach(module, self._memory.tracked(module))
-        return self._memory.network.strain(module).forgetting
-
     # The hooks of a fit, in the order in which they run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Raise an error for a strategy that divides parameters, before it changes the module."""
-        if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
-            raise ValueError(
-                f"strategy={type(trainer.strategy).__name__} may divide the parameters, whose bits are "
-                "frozen value by value: use strategy='ddp', or devices=1"
-            )
+        check_strategy(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -171,11 +86,7 @@ class BLIP(Settings, Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the module, and give the metrics of BLIP their axis."""
-        if not overrides(pl_module, "forward"):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no forward: define forward(inputs), which training_step may "
-                "call as well, so that BLIP can ask the network for its prediction"
-            )
+        check_forward(pl_module)
         self._memory.attach(pl_module)
         if has_tasks(trainer):
             self._memory.first_task = self.tasks_learned - sequence(trainer).learned
