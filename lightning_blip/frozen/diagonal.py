@@ -31,15 +31,14 @@ from lightning_blip.frozen.packing import (
     checksum,
     code_of_zero,
     decode,
+    dropped_bits,
     encode,
     encode_leading,
     free_bits,
+    middle_of,
     store_information,
     stored_information,
 )
-
-# An anchor keeps this number of bits behind the frozen ones: they fill one byte.
-_BITS_BEHIND = 8
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,7 @@ class DiagonalState(FrozenState):
         return {
             **state,
             "bits": None if derived else bits,
-            "position": ((code & ~(-1 << free)) >> _rest(free)).to(torch.uint8),
+            "position": ((code & ~(-1 << free)) >> dropped_bits(free)).to(torch.uint8),
             "checksum": checksum(code >> free) if self.checksum is None else self.checksum,
         }
 
@@ -352,8 +351,8 @@ class DiagonalState(FrozenState):
         frozen, bits = super().from_state_dict({**rest, "packed": state["position"]}), state["bits"]
         if bits is None:
             bits = exact_bits(frozen.posterior, frozen.prior, frozen.freezing.max_bits)
-        unkept = _rest(free_bits(bits.to(torch.int32), frozen.freezing.max_bits))
-        code = _middle(state["position"].to(torch.int32) << unkept, unkept)
+        unkept = dropped_bits(free_bits(bits.to(torch.int32), frozen.freezing.max_bits))
+        code = middle_of(state["position"].to(torch.int32) << unkept, unkept)
         frozen.packed = (code << BITS_FIELD) | bits.to(torch.int32)
         return frozen
 
@@ -374,18 +373,8 @@ class DiagonalState(FrozenState):
     def _anchor_at(self, code: Tensor, bits: Tensor) -> None:
         if self.freezing.cell == "strict":
             zero = code_of_zero(bits, self.freezing.max_bits)
-            code = _middle(code + zero, _rest(free_bits(bits, self.freezing.max_bits))) - zero
+            code = middle_of(code + zero, dropped_bits(free_bits(bits, self.freezing.max_bits))) - zero
         self.packed = (code << BITS_FIELD) | bits
-
-
-def _rest(free: Tensor) -> Tensor:
-    """Return the number of free bits that an anchor does not keep."""
-    return (free - _BITS_BEHIND).clamp(min=0)
-
-
-def _middle(code: Tensor, rest: Tensor) -> Tensor:
-    """Return the codes with their last bits replaced by the middle of their range."""
-    return (code >> rest << rest) + (1 << rest >> 1)
 
 
 def _check_saved(state: Mapping[str, Any]) -> None:

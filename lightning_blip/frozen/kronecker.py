@@ -15,6 +15,7 @@ from lightning_blip.fisher.factors import Factors, matrix_layers
 from lightning_blip.fisher.gradients import Products, SampleGradients
 from lightning_blip.frozen.base import Collector, Freezing, FrozenState, Step, Strain, TaskInformation
 from lightning_blip.frozen.checks import check_number, check_tensor
+from lightning_blip.frozen.eigenbasis import add_factor, diagonal_in
 from lightning_blip.frozen.gains import exact_bits, information_gain
 from lightning_blip.frozen.packing import LARGEST_MAX_BITS
 
@@ -217,10 +218,10 @@ class KroneckerState(FrozenState):
         of_input = (self.input_basis, self.input_values, self.input_rest)
         of_output = (self.output_basis, self.output_values, self.output_rest)
         A, G, rank = information.factors.A, information.factors.G, self.freezing.rank
-        self.input_basis, self.input_values, self.input_rest = _sum(*of_input, A, rank)
-        self.output_basis, self.output_values, self.output_rest = _sum(*of_output, G, rank)
+        self.input_basis, self.input_values, self.input_rest = add_factor(*of_input, A, rank)
+        self.output_basis, self.output_values, self.output_rest = add_factor(*of_output, G, rank)
         before = torch.outer(
-            _turned(*of_output, self.output_basis), _turned(*of_input, self.input_basis)
+            diagonal_in(*of_output, self.output_basis), diagonal_in(*of_input, self.input_basis)
         ) / max(self.tasks, 1)
         self.tasks += 1
         self.pace.total = 0
@@ -380,25 +381,3 @@ def as_matrix(parameters: Sequence[Tensor]) -> Tensor:
     """
     weight, *bias = (theta.detach() for theta in parameters)
     return torch.cat([weight.flatten(1), *(theta.unsqueeze(1) for theta in bias)], dim=1)
-
-
-def _sum(
-    basis: Tensor, values: Tensor, rest: float, factor: Tensor, rank: int | None
-) -> tuple[Tensor, Tensor, float]:
-    """Return eigenvectors and eigenvalues of an old matrix plus a new factor, the largest first.
-
-    The old matrix has the given eigenvalues in the given basis, and ``rest`` for all other directions. The
-    last value returned is the mean of the eigenvalues beyond the rank.
-    """
-    old = basis.double()
-    total = old * (values.double() - rest) @ old.T + factor.double()
-    total.diagonal().add_(rest)
-    found, vectors = torch.linalg.eigh(total)
-    largest_first = found.flip(0).clamp(min=0)
-    kept, left = largest_first[:rank], largest_first[rank or len(found) :]
-    return vectors.flip(1)[:, :rank].to(basis), kept.to(basis), float(left.mean()) if len(left) else 0.0
-
-
-def _turned(basis: Tensor, values: Tensor, rest: float, new_basis: Tensor) -> Tensor:
-    """Return the diagonal, in a new basis, of a matrix with these eigenvalues in an old one."""
-    return rest + (new_basis.T @ basis).square() @ (values - rest)

@@ -19,6 +19,8 @@ BITS_MASK = (1 << BITS_FIELD) - 1
 _SMALL_UNIT, _LARGE_UNIT = 2.0**-6, 2.0**24
 _LARGE_FROM = 1023.0
 _MOST_INFORMATION = _LARGE_UNIT * torch.finfo(torch.float16).max
+# A strict anchor keeps this number of bits behind the frozen ones: they fill one byte.
+_BITS_BEHIND = 8
 # Chunk size of checksum: the products of codes and positions stay within int64.
 _CHECKED_AT_ONCE = 2**16
 
@@ -195,6 +197,26 @@ def cell_codes(code: Tensor, bits: Tensor, max_bits: int, cell: CellName) -> tup
         return low.clamp(min=1 - most), (low + ~leading).clamp(max=most - 1)
     width = (1 << free) & -2  # 0 where no bit is free
     return (code - width).clamp(min=1 - most), (code + width).clamp(max=most - 1)
+
+
+def dropped_bits(free: Tensor) -> Tensor:
+    """Return the number of the lowest free bits that a strict anchor does not keep.
+
+    Example:
+        >>> dropped_bits(torch.tensor([3, 12]))
+        tensor([0, 4])
+    """
+    return (free - _BITS_BEHIND).clamp(min=0)
+
+
+def middle_of(code: Tensor, dropped: Tensor) -> Tensor:
+    """Return the codes with their lowest bits replaced by the middle of their range.
+
+    Example:
+        >>> middle_of(torch.tensor([23]), dropped=torch.tensor([3]))
+        tensor([20])
+    """
+    return (code >> dropped << dropped) + (1 << dropped >> 1)
 
 
 def checksum(leading: Tensor) -> int:
