@@ -113,7 +113,7 @@ class Consolidation:
         overlaps = OverlapObserver(max((own[name].numel() for name in names), default=1))
         if not names:  # no tracked parameter is trained any more: what is frozen stays
             return {}, collectors, overlaps
-        rank, count = processes.place()
+        rank, count = processes.rank_and_world_size()
         samples = math.ceil(settings.samples / count)
         # In a log file a bar would be noise.
         visible = not self.quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules)

@@ -15,6 +15,14 @@ from lightning_blip.tasks.heads import TaskHeads, task_heads
 from lightning_blip.tasks.streams import Task
 from lightning_blip.trainer import processes
 from lightning_blip.trainer.classes import Callback, callbacks_of, is_a, overrides
+from lightning_blip.trainer.internals import (
+    allows_unused_parameters,
+    discard_train_loader,
+    discard_val_loaders,
+    last_step_counted,
+    reset_plateau,
+    run_validation,
+)
 from lightning_blip.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -82,7 +90,7 @@ class TaskBoundaries(Callback):
         """The optimizers are there: the fit has the epochs of all tasks again."""
         trainer.fit_loop.max_epochs = self._limit
         # A schedule may have had it made, before a resumed fit knows the state that it is to go on from.
-        trainer.fit_loop._combined_loader = None
+        discard_train_loader(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts, or goes on with, the current task."""
@@ -102,7 +110,7 @@ class TaskBoundaries(Callback):
         if sequence(trainer).epoch == 0:
             for config in trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                    config.scheduler._reset()
+                    reset_plateau(config.scheduler)
             for callback in callbacks_of(trainer):
                 if is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None):
                     _forget_best(callback)
@@ -169,7 +177,7 @@ class TaskBoundaries(Callback):
             return
         self._logged = {name: torch.tensor(value) for name, value in checkpoint.get(_LOGGED, {}).items()}
         self._ended = checkpoint.get(_ENDED)
-        states, (rank, count) = checkpoint.get(_RANDOM, []), processes.place()
+        states, (rank, count) = checkpoint.get(_RANDOM, []), processes.rank_and_world_size()
         if len(states) == count:
             self._random = states[rank]
         if has_tasks(trainer):
@@ -188,14 +196,13 @@ class TaskBoundaries(Callback):
         if ended is not None and _epochs_done(trainer) > ended:
             # Saved after the last batch of an epoch, whose end Lightning then passes over. It is to be logged
             # at the epoch and steps of the unbroken fit, which count the last step only after the validation.
-            progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+            progress = trainer.fit_loop.epoch_progress.current
             progress.completed -= 1
             _validate(trainer)
-            loop._batches_that_stepped += 1
-            self.on_train_epoch_end(trainer, pl_module)
-            loop._batches_that_stepped -= 1  # Lightning counts it when the next epoch begins
+            with last_step_counted(trainer):
+                self.on_train_epoch_end(trainer, pl_module)
             progress.completed += 1
-            trainer.fit_loop.epoch_loop.val_loop._combined_loader = None  # they may be of one task more
+            discard_val_loaders(trainer)  # they may be of one task more
             trainer.fit_loop.reset_restart_stage()  # what comes is the beginning of an epoch
 
     def _start_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -393,7 +400,7 @@ def _show_one_task(trainer: pl.Trainer) -> None:
     """Has ``trainer.estimated_stepping_batches`` be that of the task, for schedulers that plan to its end."""
     tasks = sequence(trainer)
     trainer.fit_loop.max_epochs = tasks.epochs[tasks.task.index]
-    trainer.fit_loop._combined_loader = None  # the next task may have more batches than the last
+    discard_train_loader(trainer)  # the next task may have more batches than the last
 
 
 def _check_callbacks(trainer: pl.Trainer) -> None:
@@ -413,8 +420,7 @@ def _check_callbacks(trainer: pl.Trainer) -> None:
 
 def _check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     heads = any(len(one) > 1 for one in task_heads(pl_module))
-    options = getattr(trainer.strategy, "_ddp_kwargs", {"find_unused_parameters": True})
-    if heads and not options.get("find_unused_parameters"):
+    if heads and not allows_unused_parameters(trainer):
         raise ValueError(
             "TaskHeads leaves the heads of other tasks unused, which plain DDP does not allow: "
             "use strategy='ddp_find_unused_parameters_true'"
@@ -461,12 +467,5 @@ def _call_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, ta
 
 def _validate(trainer: pl.Trainer) -> None:
     """Runs the validation loop from within the training loop, as the training loop itself does."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    if not trainer.enable_validation or not overrides(trainer.lightning_module, "validation_step"):
-        return
-    first_iteration = trainer._logger_connector._first_loop_iter
-    loop.restarting = False  # where the fit was resumed, it would take up the validation of the checkpoint
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
-    trainer._logger_connector._first_loop_iter = first_iteration
+    if trainer.enable_validation and overrides(trainer.lightning_module, "validation_step"):
+        run_validation(trainer)

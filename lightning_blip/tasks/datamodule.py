@@ -169,7 +169,7 @@ class _EpochOrder(DistributedSampler[Any]):
     """
 
     def __init__(self, samples: Dataset[Any], key: tuple[int, int, int]) -> None:
-        rank, processes_ = processes.place()
+        rank, processes_ = processes.rank_and_world_size()
         super().__init__(samples, processes_, rank, shuffle=False)
         self.key = key
         self.skipped = 0

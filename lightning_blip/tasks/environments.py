@@ -248,11 +248,11 @@ class EnvSequence(TaskSequence[EnvTask]):
 
     def train_dataloader(self) -> Iterable[Any]:
         """The mini-batches of this epoch's rollouts."""
-        return _EpochOfRollouts(self, self._key(_TRAINING, self.epoch, processes.place()[0]))
+        return _EpochOfRollouts(self, self._key(_TRAINING, self.epoch, processes.rank_and_world_size()[0]))
 
     def task_dataloader(self) -> Iterable[Any]:
         """Observations and actions of new rollouts, as many as an epoch has."""
-        return _Observed(self, self._key(_INFORMATION, processes.place()[0]))
+        return _Observed(self, self._key(_INFORMATION, processes.rank_and_world_size()[0]))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each environment seen so far, the current one last."""

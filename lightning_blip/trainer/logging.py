@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_blip.trainer.classes import is_a
-from lightning_blip.trainer.internals import optimizer_steps
+from lightning_blip.trainer.internals import metric_prefix, optimizer_steps
 
 
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
@@ -48,7 +48,7 @@ def define_axis(trainer: pl.Trainer, group: str, names: Iterable[str]) -> None:
             logger's own pattern "*".
     """
     for logger in wandb_loggers(trainer):
-        begin = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{group}" if logger._prefix else group
+        begin = f"{metric_prefix(logger)}{group}"
         logger.experiment.define_metric(f"{begin}/position", hidden=True)
         for name in names:
             if "*" not in name:  # Weights & Biases would read the name as a pattern

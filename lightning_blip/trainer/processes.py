@@ -9,11 +9,11 @@ import torch.distributed
 from torch import Tensor, nn
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The rank of this process, and how many there are.
 
     Example:
-        >>> place()
+        >>> rank_and_world_size()
         (0, 1)
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -30,7 +30,7 @@ def average(value: Tensor) -> Tensor:
     Returns:
         It.
     """
-    _, processes = place()
+    _, processes = rank_and_world_size()
     if processes > 1:
         torch.distributed.all_reduce(value)
         value /= processes
@@ -43,7 +43,7 @@ def share_buffers(module: nn.Module) -> None:
     Args:
         module: The network.
     """
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
@@ -61,7 +61,7 @@ def gathered(value: Any) -> list[Any]:
         >>> gathered("a")
         ['a']
     """
-    _, processes = place()
+    _, processes = rank_and_world_size()
     values = [value] * processes
     if processes > 1:
         torch.distributed.all_gather_object(values, value)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_blip.trainer.internals import batch_on_device
+
 # Labels are drawn for so many samples, or more, of however few there are.
 _LEAST_DRAWS = 1_000
 
@@ -33,7 +35,9 @@ class TaskBatches:
         # A loader draws no random number before the first batch is taken.
         for _ in range(self._passes):
             for batch in self.loader:
-                yield inputs_and_targets(batch if self.trainer is None else self._in_training(batch))
+                if self.trainer is not None:
+                    batch = batch_on_device(self.trainer, batch)
+                yield inputs_and_targets(batch)
 
     @property
     def samples(self) -> int | None:
@@ -48,13 +52,6 @@ class TaskBatches:
     @property
     def _passes(self) -> int:
         return math.ceil(_LEAST_DRAWS / (self._size or _LEAST_DRAWS))
-
-    def _in_training(self, batch: Any) -> Any:
-        """In the Trainer's precision, after the module's hooks."""
-        assert self.trainer is not None
-        batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self.trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
