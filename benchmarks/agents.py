@@ -13,8 +13,8 @@ import torch
 from benchmarks.games import GAMES, Games
 from benchmarks.ppo import PPO
 from lightning_blip import EnvSequence
-from lightning_blip.tasks.boundaries import sequence
 from lightning_blip.tasks.environments import EnvTask
+from lightning_blip.tasks.sequence import sequence
 
 
 class KeepAgents(pl.Callback):

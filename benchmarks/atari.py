@@ -22,8 +22,8 @@ from benchmarks.games import GAMES, Games
 from benchmarks.machine import machine
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, EnvSequence
-from lightning_blip.tasks.boundaries import sequence
 from lightning_blip.tasks.environments import EnvTask
+from lightning_blip.tasks.sequence import sequence
 
 _ATARI = GAMES["atari6"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.ppo import PPO
 from lightning_blip import EnvSequence
-from lightning_blip.tasks.environments import Episodes
 from lightning_blip.tasks.heads import task_heads
+from lightning_blip.tasks.rollouts import Episodes
 
 # So many rows of a screen are more than a cell of the film has.
 _ENOUGH = 200

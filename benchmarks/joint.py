@@ -14,7 +14,7 @@ from benchmarks.networks import Classifier
 from benchmarks.scoring import accuracy
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import TaskHeads, TaskSequenceDataModule
-from lightning_blip.tasks.streams import MappedDataset
+from lightning_blip.tasks.task import MappedDataset
 
 TaskBatch = tuple[int, Tensor]  # a task, and the indices of some of its samples
 

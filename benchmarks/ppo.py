@@ -7,12 +7,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from lightning_blip import TaskHeads
-from lightning_blip.tasks.environments import Episodes, Rollout
+from lightning_blip.tasks.rollouts import Episodes, Rollout
 
 
 def categorical(output: Tensor) -> Distribution:
@@ -144,7 +144,7 @@ class PPO(pl.LightningModule):
         """Clips the gradient's norm."""
         self.clip_gradients(optimizer, self.max_norm, "norm")
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, its rate falling to zero over the task."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, eps=1e-5)
         steps = int(self.trainer.estimated_stepping_batches)

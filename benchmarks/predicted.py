@@ -23,8 +23,8 @@ from benchmarks.run import Run, parse_run
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.tasks.boundaries import sequence
-from lightning_blip.tasks.streams import MappedDataset
+from lightning_blip.tasks.sequence import sequence
+from lightning_blip.tasks.task import MappedDataset
 
 # More of a task's samples are not needed: the loss of so many is known to a few hundredths of its spread.
 _MOST_SAMPLES = 2_000

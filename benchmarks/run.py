@@ -32,7 +32,7 @@ from benchmarks.scoring import accuracy
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, EnvSequence, ForgettingCurves, Task, TaskHeads, TaskSequenceDataModule
 from lightning_blip.metrics import average_score, backward_transfer, forward_transfer
-from lightning_blip.tasks.boundaries import sequence
+from lightning_blip.tasks.sequence import sequence
 
 #: By name, of data sets and of environments.
 STREAMS: dict[str, Protocol | Games] = {**PROTOCOLS, **GAMES}

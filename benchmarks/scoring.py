@@ -7,7 +7,7 @@ import torch
 from benchmarks.networks import Classifier
 from lightning_blip import TaskHeads
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.tasks.streams import MappedDataset, Task
+from lightning_blip.tasks.task import MappedDataset, Task
 
 _BATCH_SIZE = 2_000
 

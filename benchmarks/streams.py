@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import data
 from benchmarks.data.looks import Look, coloured, upright
 from lightning_blip import Task, TaskSequenceDataModule
-from lightning_blip.tasks.streams import MappedDataset, chain, permute_inputs, rotate, split_classes
+from lightning_blip.tasks.streams import chain, permute_inputs, rotate, split_classes
+from lightning_blip.tasks.task import MappedDataset
 
 Loader = Callable[[str, Look], tuple[TensorDataset, TensorDataset]]
 

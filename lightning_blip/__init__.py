@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from lightning_blip.blip import BLIP
     from lightning_blip.optim.optimizer import FrozenBitsOptimizer
     from lightning_blip.results.curves import ForgettingCurves
-    from lightning_blip.tasks.boundaries import TaskBoundaries, TaskStopping
+    from lightning_blip.tasks.boundaries import TaskBoundaries
     from lightning_blip.tasks.datamodule import TaskSequenceDataModule
     from lightning_blip.tasks.environments import EnvSequence
     from lightning_blip.tasks.heads import TaskHeads
-    from lightning_blip.tasks.streams import Task
+    from lightning_blip.tasks.stopping import TaskStopping
+    from lightning_blip.tasks.task import Task
 
 __version__ = "0.1.0"
 
@@ -33,11 +34,11 @@ _HOMES = {
     "EnvSequence": "tasks.environments",
     "ForgettingCurves": "results.curves",
     "FrozenBitsOptimizer": "optim.optimizer",
-    "Task": "tasks.streams",
+    "Task": "tasks.task",
     "TaskBoundaries": "tasks.boundaries",
     "TaskHeads": "tasks.heads",
     "TaskSequenceDataModule": "tasks.datamodule",
-    "TaskStopping": "tasks.boundaries",
+    "TaskStopping": "tasks.stopping",
 }
 
 

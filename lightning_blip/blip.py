@@ -15,8 +15,9 @@ from lightning_blip.memory import Memory
 from lightning_blip.optim.optimizer import FrozenBitsOptimizer
 from lightning_blip.readouts import Readouts
 from lightning_blip.settings import Settings
-from lightning_blip.tasks.boundaries import TaskStopping, has_tasks, position, sequence
-from lightning_blip.tasks.streams import Task
+from lightning_blip.tasks.sequence import has_tasks, position, sequence
+from lightning_blip.tasks.stopping import TaskStopping
+from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.classes import Callback, callbacks_of
 from lightning_blip.trainer.finite_loss import check_finite
 from lightning_blip.trainer.internals import is_accumulating, optimizer_steps

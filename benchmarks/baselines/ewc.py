@@ -11,7 +11,7 @@ from benchmarks.baselines.quadratic import QuadraticPenalty
 from lightning_blip import Task
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.optim.optimizer import check_strengths
-from lightning_blip.tasks.boundaries import sequence
+from lightning_blip.tasks.sequence import sequence
 
 
 class EWC(QuadraticPenalty):

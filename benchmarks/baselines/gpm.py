@@ -17,7 +17,7 @@ from lightning_blip import Task
 from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
-from lightning_blip.tasks.boundaries import sequence
+from lightning_blip.tasks.sequence import sequence
 
 Layer = nn.Linear | nn.Conv2d
 

@@ -17,7 +17,7 @@ from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.optim.optimizer import check_strengths
-from lightning_blip.tasks.boundaries import sequence
+from lightning_blip.tasks.sequence import sequence
 
 
 class MAS(QuadraticPenalty):

@@ -20,8 +20,9 @@ from lightning_blip.blip import BLIP
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from lightning_blip.results import figures, loggers
 from lightning_blip.results.record import RECORD, Frozen, Predicted, RunRecord, Score, plain
-from lightning_blip.tasks.boundaries import position, sequence, task_score
-from lightning_blip.tasks.streams import Task
+from lightning_blip.tasks.scores import task_score
+from lightning_blip.tasks.sequence import position, sequence
+from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.classes import Callback, callbacks_of
 from lightning_blip.trainer.internals import optimizer_steps
 from lightning_blip.trainer.logging import define_axis, log_metrics, wandb_loggers

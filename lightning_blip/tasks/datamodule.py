@@ -1,4 +1,4 @@
-"""The data module that feeds a sequence of tasks, one after another, within one fit."""
+"""The data module that feeds data sets as a sequence of tasks within one fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from typing_extensions import Unpack
 
 from lightning_blip.tasks import streams
+from lightning_blip.tasks.boundaries import add_boundaries
 from lightning_blip.tasks.sequence import TaskSequence, check_names
-from lightning_blip.tasks.streams import MappedDataset, Samples, Task
+from lightning_blip.tasks.task import MappedDataset, Samples, Task
 from lightning_blip.trainer import processes
 from lightning_blip.trainer.random_state import generator_of
 
 
 class LoadingOptions(TypedDict, total=False):
-    """The arguments of :class:`TaskSequenceDataModule` that every way to make one takes."""
+    """The arguments of :class:`TaskSequenceDataModule` that all its constructors share."""
 
     epochs_per_task: int | Sequence[int]
     batch_size: int
@@ -29,26 +30,28 @@ class LoadingOptions(TypedDict, total=False):
 
 
 class TaskSequenceDataModule(TaskSequence[Task]):
-    """Feeds tasks one after another: one ``trainer.fit`` learns the whole sequence.
+    """Feed tasks one after another, so that one ``trainer.fit`` learns the whole sequence.
 
-    ``train_dataloader`` gives the current task; ``val_dataloader`` one loader for each task seen so far, so
-    that the module's own ``validation_step`` is run on each of them; ``test_dataloader``, and
-    ``predict_dataloader`` on the same samples, one for every task.
-    It brings the :class:`TaskBoundaries` callback along, sets the number of epochs, and keeps its position in
-    the checkpoint: a fit resumed with ``ckpt_path`` goes on at the right batch of the right epoch of the
-    right task, over the samples in the order that the unbroken fit would have seen.
+    ``train_dataloader`` returns the loader of the current task. ``val_dataloader`` returns one loader for
+    each task seen so far, so that the module's own ``validation_step`` runs on each of them.
+    ``test_dataloader`` returns one loader for every task, and ``predict_dataloader`` the same loaders.
+
+    The data module adds the :class:`TaskBoundaries` callback, sets the number of epochs, and saves its
+    position in checkpoints: a fit resumed with ``ckpt_path`` continues at the right batch of the right epoch
+    of the right task, with the samples in the same order as in an unbroken fit.
 
     Args:
         tasks: The tasks, in the order of learning.
-        epochs_per_task: How long each task is trained: one number, or one a task.
-        batch_size: Samples a batch, of each process.
-        num_workers: Processes that load data.
-        val_fraction: The share of each training set that is held out, to validate on instead of the test set.
-        seed: Of the order of the samples, which depends on it, the task and the epoch alone.
+        epochs_per_task: The number of epochs: one number for all tasks, or one per task.
+        batch_size: The number of samples per batch, in each process.
+        num_workers: The number of worker processes that load data.
+        val_fraction: The share of each training set that is held out for validation, instead of validating
+            on the test set.
+        seed: The seed of the order of samples, which depends on nothing but the seed, the task and the epoch.
 
     Raises:
-        ValueError: If there is no task, one has no data, two share a name, only some can be validated, or
-            an argument is off.
+        ValueError: If there is no task, a task has no data, two tasks share a name, only some tasks can be
+            validated, or an argument is invalid.
 
     Example:
         >>> digits = TensorDataset(torch.zeros(40, 8), torch.arange(40) % 10)
@@ -70,7 +73,9 @@ class TaskSequenceDataModule(TaskSequence[Task]):
         seed: int = 0,
     ) -> None:
         if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"val_fraction={val_fraction} must be a share of the training set, 0 to below 1")
+            raise ValueError(
+                f"val_fraction={val_fraction} must be a share of the training set, 0 or more and below 1"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         _check_tasks(tasks)
@@ -92,21 +97,21 @@ class TaskSequenceDataModule(TaskSequence[Task]):
         relabel: bool = True,
         **options: Unpack[LoadingOptions],
     ) -> TaskSequenceDataModule:
-        """One task for every few classes, see :func:`lightning_blip.tasks.streams.split_classes`."""
+        """Divide the classes among tasks, see :func:`lightning_blip.tasks.streams.split_classes`."""
         return cls(streams.split_classes(train, test, classes_per_task, relabel), **options)
 
     @classmethod
     def permute_inputs(
         cls, train: Samples, test: Samples, *, tasks: int = 10, **options: Unpack[LoadingOptions]
     ) -> TaskSequenceDataModule:
-        """The same data, permuted: see :func:`lightning_blip.tasks.streams.permute_inputs`."""
+        """Permute the inputs per task, see :func:`lightning_blip.tasks.streams.permute_inputs`."""
         return cls(streams.permute_inputs(train, test, tasks, options.get("seed", 0)), **options)
 
     @classmethod
     def rotate(
         cls, train: Samples, test: Samples, *, degrees: Sequence[float], **options: Unpack[LoadingOptions]
     ) -> TaskSequenceDataModule:
-        """The same images rotated, see :func:`lightning_blip.tasks.streams.rotate`."""
+        """Rotate the images per task, see :func:`lightning_blip.tasks.streams.rotate`."""
         return cls(streams.rotate(train, test, degrees), **options)
 
     @classmethod
@@ -117,7 +122,7 @@ class TaskSequenceDataModule(TaskSequence[Task]):
         names: Sequence[str] | None = None,
         **options: Unpack[LoadingOptions],
     ) -> TaskSequenceDataModule:
-        """One task a data set, see :func:`lightning_blip.tasks.streams.chain`."""
+        """Make one task per data set, see :func:`lightning_blip.tasks.streams.chain`."""
         return cls(streams.chain(datasets, names), **options)
 
     @property
@@ -125,18 +130,23 @@ class TaskSequenceDataModule(TaskSequence[Task]):
         """Whether the tasks have validation sets."""
         return self.tasks[0].val is not None
 
+    def setup(self, stage: str) -> None:
+        """Add the :class:`TaskBoundaries` callback to the Trainer."""
+        assert self.trainer is not None
+        add_boundaries(self.trainer)
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """The current task, its samples in the order of this epoch; in each process a part of them."""
-        # Chosen here, not in setup: a resumed fit restores the position in between.
+        """Return the current task's loader: this process's part of the samples, in the epoch's order."""
+        # The task is read here, not in setup, because a resumed fit restores the position in between.
         key = (self.seed, self.task.index, self.epoch)
         return self._loader(self.task.train, _EpochOrder(cast(Any, self.task.train), key))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each task seen so far, the current one last."""
+        """Return one loader for each task seen so far, that of the current task last."""
         return self._in_order([task.val for task in self.tasks[: self.task.index + 1]])
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for every task, learned or not."""
+        """Return one loader for every task, whether learned or not."""
         return self._in_order([task.test for task in self.tasks])
 
     predict_dataloader = test_dataloader
@@ -148,7 +158,7 @@ class TaskSequenceDataModule(TaskSequence[Task]):
         held = MappedDataset(samples) if isinstance(samples, TensorDataset) else samples
         collate: Callable[[Any], Any] | None = None
         if isinstance(held, MappedDataset) and held.in_memory:
-            held, collate = _Batches(held), _as_it_is
+            held, collate = _Batches(held), _unchanged
         kind = DataLoader[Any] if order is None else _EpochLoader
         return kind(
             held,
@@ -156,21 +166,20 @@ class TaskSequenceDataModule(TaskSequence[Task]):
             sampler=order,
             num_workers=self.num_workers,
             collate_fn=collate,
-            # Of its own: else each loader would draw from the global random numbers, how often depends on
-            # whether a fit was resumed.
+            # Without its own generator a loader draws from the global one, more often in a resumed fit.
             generator=generator_of(order.key if order else (self.seed,)),
         )
 
 
 class _EpochOrder(DistributedSampler[Any]):
-    """A random order of the samples that depends on its key (seed, task, epoch) alone.
+    """A random order of the samples that depends on nothing but its key (seed, task, epoch).
 
-    Each process has every so-many-th of them; a few come twice, so that all have as many.
+    With n processes, each gets every n-th sample; a few samples are repeated so that all get equally many.
     """
 
     def __init__(self, samples: Dataset[Any], key: tuple[int, int, int]) -> None:
-        rank, processes_ = processes.rank_and_world_size()
-        super().__init__(samples, processes_, rank, shuffle=False)
+        rank, world_size = processes.rank_and_world_size()
+        super().__init__(samples, world_size, rank, shuffle=False)
         self.key = key
         self.skipped = 0
 
@@ -181,7 +190,7 @@ class _EpochOrder(DistributedSampler[Any]):
 
 
 class _EpochLoader(DataLoader[Any]):
-    """A loader that goes on after the batches given when a checkpoint was saved within its epoch."""
+    """A loader that continues after the batches it had given when a checkpoint was saved within the epoch."""
 
     _given = 0
 
@@ -192,17 +201,17 @@ class _EpochLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Which epoch it is of, and how much of it was given."""
+        """Return the key of the loader's epoch, and the number of batches given."""
         return {"key": getattr(self.sampler, "key", None), "given": self._given}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a loader of the same epoch was; one of another begins."""
+        """Skip the batches that were given, if the saved loader was of the same epoch."""
         if isinstance(self.sampler, _EpochOrder) and state_dict["key"] == self.sampler.key:
             self.sampler.skipped = state_dict["given"] * cast(int, self.batch_size)
 
 
 class _Batches(Dataset[Any]):
-    """Samples held as tensors, read by the loader a batch at a time."""
+    """Samples held as tensors; the loader reads a whole batch at once."""
 
     def __init__(self, samples: MappedDataset) -> None:
         self._samples = samples
@@ -214,7 +223,7 @@ class _Batches(Dataset[Any]):
         return self._samples.batch(torch.tensor(indices))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -1,25 +1,26 @@
-"""Running statistics of normalisation layers: those of each task kept, or the first task's held."""
+"""Running statistics of normalisation layers: kept per task, frozen after the first task, or shared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import Self
 
 NormStats = Literal["per_task", "freeze", "shared"]
 Statistics = dict[str, Tensor]
 
 
 class TaskStatistics:
-    """The running statistics of each task; those of one at a time are in place in the network.
+    """The running statistics of every task, of which the network holds those of one task at a time.
 
-    They are in place for the task being learned, unless those of a learned one are shown. The kept ones
-    never change: where a network was trained on while a learned task was shown, what it has then are the
-    statistics of the task being learned.
+    The network holds the statistics of the task being learned, except while those of a learned task are
+    shown. The statistics of learned tasks never change: if a network is trained while a learned task is
+    shown, its statistics from then on belong to the task being learned.
 
     Example:
         >>> network = nn.BatchNorm1d(1)
@@ -41,11 +42,11 @@ class TaskStatistics:
         self._set_aside: Statistics = {}
 
     def keep(self, module: nn.Module, task: int) -> None:
-        """Ends a task: what is in place is kept as its own, and the next one goes on from there.
+        """Keep a copy of the network's statistics for a task; the next task starts from the same values.
 
         Args:
             module: The network.
-            task: The task's index.
+            task: The index of the task that was just learned.
         """
         if statistics := _read(module):
             self._kept[task] = statistics
@@ -55,7 +56,7 @@ class TaskStatistics:
                 buffer.zero_()
 
     def show(self, module: nn.Module, task: int) -> None:
-        """Puts the statistics of a learned task in place; those being learned for any other task.
+        """Write a learned task's statistics into the network; for any other task those being learned.
 
         Args:
             module: The network.
@@ -70,7 +71,7 @@ class TaskStatistics:
             self._shown = task
 
     def back(self, module: nn.Module) -> None:
-        """Puts the statistics of the task being learned in place again.
+        """Write the statistics of the task being learned into the network again.
 
         Args:
             module: The network.
@@ -80,20 +81,21 @@ class TaskStatistics:
         self._shown, self._set_aside = None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is not in place in the network."""
+        """Return the statistics that the network does not hold, and which task is shown."""
         return {"kept": dict(self._kept), "shown": self._shown, "set_aside": self._set_aside}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what was saved together with the network."""
+        """Restore a state that was saved together with the network."""
         self._kept = dict(state["kept"])
         self._shown = state["shown"]
         self._set_aside = state["set_aside"]
 
 
 def freeze(module: nn.Module) -> None:
-    """Has normalisation layers use their running statistics, and keep them, in training, too.
+    """Freeze the running statistics of normalisation layers: training uses them and does not update them.
 
-    Their weights and biases still train. It holds through any later call of ``train()``, and in copies.
+    Their weights and biases still train. The layers stay frozen when ``train()`` is called later, and in
+    copies: until :func:`thaw`, each layer's class is a subclass that stays in evaluation mode.
 
     Args:
         module: The network.
@@ -101,18 +103,22 @@ def freeze(module: nn.Module) -> None:
     Example:
         >>> network = nn.BatchNorm1d(1)
         >>> freeze(network)
+        >>> type(network).__name__
+        'EvaluationOnlyBatchNorm1d'
         >>> _ = network.train()(torch.tensor([[9.0], [11.0]]))
         >>> network.running_mean
         tensor([0.])
     """
     for layer in _layers(module).values():
-        # Not a hook on the forward pass: torch.compile does not see one that comes after it.
-        layer.train = partial(_evaluate, layer)  # type: ignore[method-assign]
-        layer.eval()
+        kind: Any = type(layer)
+        if not issubclass(kind, _EvaluationOnly):
+            # Not a hook on the forward pass: a network that is compiled already would not see it.
+            layer.__class__ = _evaluation_only(kind)
+        layer.train(layer.training)
 
 
 def thaw(module: nn.Module) -> None:
-    """Undoes :func:`freeze`.
+    """Undo :func:`freeze`.
 
     Args:
         module: The network.
@@ -126,16 +132,35 @@ def thaw(module: nn.Module) -> None:
         tensor([1.])
     """
     for layer in _layers(module).values():
-        train = vars(layer).get("train")
-        if isinstance(train, partial) and train.func is _evaluate:
-            del layer.train
+        if isinstance(layer, _EvaluationOnly):
+            layer.__class__ = _original(type(layer))
             layer.train(module.training)
 
 
-def _evaluate(layer: _NormBase, mode: bool = True) -> _NormBase:  # noqa: ARG001
-    """Stands in for the ``train`` of a layer that stays in evaluation mode."""
-    layer.training = False
-    return layer
+class _EvaluationOnly(nn.Module):
+    """Base class that is added to the class of a frozen layer."""
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.training = False
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle finds classes by name, but this one is made at run time.
+        return _new_evaluation_only, (_original(type(self)),), self.__dict__
+
+
+@lru_cache
+def _evaluation_only(kind: Any) -> Any:
+    return type(f"EvaluationOnly{kind.__name__}", (_EvaluationOnly, kind), {})
+
+
+def _original(kind: Any) -> Any:
+    return kind.__bases__[1]
+
+
+def _new_evaluation_only(kind: Any) -> Any:
+    return kind.__new__(_evaluation_only(kind))
 
 
 def _layers(module: nn.Module) -> dict[str, _NormBase]:

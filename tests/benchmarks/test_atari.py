@@ -15,7 +15,7 @@ from benchmarks.games import GAMES
 from benchmarks.record import Record
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, ForgettingCurves
-from lightning_blip.tasks.environments import Episodes
+from lightning_blip.tasks.rollouts import Episodes
 from tests.tasks.test_boundaries import same
 from tests.tasks.test_environments import StayFrozen
 

@@ -14,7 +14,7 @@ from benchmarks.games import GAMES, cartpole
 from benchmarks.ppo import PPO, advantage, categorical, gaussian
 from benchmarks.record import Record
 from benchmarks.trainer import quiet_trainer
-from lightning_blip.tasks.environments import Episodes, Rollout
+from lightning_blip.tasks.rollouts import Episodes, Rollout
 
 
 def by_definition(rewards, values, ended, following, discount, trace):

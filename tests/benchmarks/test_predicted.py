@@ -17,8 +17,8 @@ from benchmarks.networks import Classifier
 from benchmarks.predicted import Comparison, Point
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import BLIP, TaskHeads
-from lightning_blip.tasks.boundaries import sequence
-from lightning_blip.tasks.streams import MappedDataset, Task
+from lightning_blip.tasks.sequence import sequence
+from lightning_blip.tasks.task import MappedDataset, Task
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from benchmarks import networks
 from benchmarks.data.looks import STATISTICS
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import TaskHeads
-from lightning_blip.tasks.streams import MappedDataset
+from lightning_blip.tasks.task import MappedDataset
 from tests.benchmarks.conftest import SETS, made_up
 from tests.helpers.networks import QUIET
 

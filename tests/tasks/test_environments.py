@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.ppo import PPO, gaussian
 from lightning_blip import BLIP, EnvSequence, ForgettingCurves, TaskBoundaries
-from lightning_blip.tasks.environments import Episodes
+from lightning_blip.tasks.rollouts import Episodes
 from tests.helpers.networks import QUIET
 from tests.tasks.test_boundaries import Recorder, same
 

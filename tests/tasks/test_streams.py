@@ -4,16 +4,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_blip.tasks.streams import (
-    MappedDataset,
-    Task,
-    chain,
-    hold_out,
-    labels_of,
-    permute_inputs,
-    rotate,
-    split_classes,
-)
+from lightning_blip.tasks.streams import chain, hold_out, permute_inputs, rotate, split_classes
+from lightning_blip.tasks.task import MappedDataset, Task, labels_of
 from tests.helpers.networks import blobs
 
 

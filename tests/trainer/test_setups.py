@@ -8,12 +8,9 @@ import pytorch_lightning
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
-    EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
-    StochasticWeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -266,17 +263,22 @@ def test_the_best_weights_of_each_task_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("callback", "message"),
+    ("name", "options", "message"),
     [
-        (EarlyStopping("val_acc", patience=2, mode="max"),
-         r"use TaskStopping\(monitor='val_acc', patience=2, mode='max'\) instead"),
-        (StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging would average"),
-        (EMAWeightAveraging(), "EMAWeightAveraging would average weights of different tasks"),
+        (
+            "EarlyStopping",
+            {"monitor": "val_acc", "patience": 2, "mode": "max"},
+            r"use TaskStopping\(monitor='val_acc', patience=2, mode='max'\) instead",
+        ),
+        ("StochasticWeightAveraging", {"swa_lrs": 0.1}, "StochasticWeightAveraging would average"),
+        ("EMAWeightAveraging", {}, "EMAWeightAveraging would average weights of different tasks"),
     ],
-)  # fmt: skip
-def test_callbacks_that_know_one_task_are_refused(callback, message):
+)
+def test_callbacks_that_take_the_fit_for_one_task_are_refused(name, options, message):
+    if not hasattr(pl.callbacks, name):
+        pytest.skip(f"{name} is newer than this version of Lightning")
     with pytest.raises(ValueError, match=message):
-        learn(callbacks=[callback])
+        learn(callbacks=[getattr(pl.callbacks, name)(**options)])
 
 
 def test_sharded_parameters_are_refused():
