@@ -3,7 +3,7 @@ DATA ?= data
 TABLE ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test docs nightly benchmarks browser clean
+.PHONY: demo test docs nightly nightly-oldest benchmarks browser clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
@@ -23,6 +23,10 @@ docs: .venv/.ready
 nightly: .venv/.ready
 	$(BIN)/pytest -n 2 -m nightly
 
+# The suite with the oldest supported Lightning, in its own environment.
+nightly-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/pytest -n 2
+
 # All methods on all streams of a table (cpu, long, games or cuda); DATA is the folder of the data sets. Goes on
 # where it was broken off, and makes all anew in another folder OUT.
 benchmarks: .venv/.ready
@@ -30,12 +34,23 @@ benchmarks: .venv/.ready
 
 # torch first, by its pinned version: nothing that is installed later may bring another build along. Nor may
 # torchvision come with BackPACK or timm, since one built for another torch breaks the import of torchmetrics.
+define install
+$(1)/bin/python -m pip install --quiet --constraint $(2) torch
+$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[dev]"
+$(1)/bin/python -m pip install --quiet --constraint $(2) --no-deps backpack-for-pytorch timm
+touch $(1)/.ready
+endef
+
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps backpack-for-pytorch timm
-	touch $@
+	$(call install,.venv,constraints.txt)
+
+# The pins of constraints-oldest.txt replace those of the same names in constraints.txt.
+.venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	awk -F'==' 'NR == FNR {oldest[$$1]} NR == FNR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
+		> .venv-oldest/constraints.txt
+	$(call install,.venv-oldest,.venv-oldest/constraints.txt)
 
 # The report is looked at in a real browser.
 browser:
@@ -44,4 +59,4 @@ browser:
 		|| echo "no chromium, and it cannot be installed here: the browser tests of the report are skipped"
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
