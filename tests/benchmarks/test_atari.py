@@ -16,8 +16,8 @@ from benchmarks.record import Record
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, ForgettingCurves
 from lightning_blip.tasks.rollouts import Episodes
-from tests.tasks.test_boundaries import same
-from tests.tasks.test_environments import StayFrozen
+from tests.helpers.fitting import same
+from tests.helpers.stay_frozen import StayFrozen
 
 SIZES = {
     "num_envs": 2, "rollout_steps": 16, "updates_per_epoch": 2, "passes": 2, "batch_size": 16, "episodes": 2,

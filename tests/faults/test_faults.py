@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_blip import BLIP, ForgettingCurves, Task, TaskSequenceDataModule
 from lightning_blip.results import figures
+from tests.helpers.fitting import same
 from tests.helpers.networks import QUIET, Net, blobs, pairs
-from tests.test_checkpoints import same
 
 
 class Flawed(Dataset):

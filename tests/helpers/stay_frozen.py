@@ -14,8 +14,8 @@ class StayFrozen(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if self.blip.tasks_learned:
             codes = {
-                name: state.frozen_code(dict(pl_module.named_parameters())[name])
-                for name, state in self.blip._network.parameters.items()
+                name: self.blip.state(name).frozen_code(dict(pl_module.named_parameters())[name])
+                for name in self.blip.bits()
             }
             self.before = self.before or codes
             assert same(codes, self.before)

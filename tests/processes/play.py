@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks.ppo import PPO
 from lightning_blip import BLIP, EnvSequence, ForgettingCurves
+from tests.helpers.environments import Counting
 from tests.helpers.networks import QUIET
-from tests.tasks.test_environments import Counting
 
 # Of 96: within the batches of an epoch's second rollout, in the second task.
 SAVED = 59

@@ -1,4 +1,4 @@
-"""TaskSequenceDataModule: the position in the sequence and what is fed at it."""
+"""TaskSequenceDataModule: the position in the sequence, and the loaders at each position."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch.utils.data import TensorDataset
 
 from lightning_blip import Task, TaskSequenceDataModule
 from tests.helpers.networks import blobs, pairs
-from tests.tasks.test_streams import Pictures
+from tests.helpers.pictures import Pictures
 
 
 def order(tasks):
     return torch.cat([x for x, _ in tasks.train_dataloader()])
 
 
-def test_it_reads_as_a_sequence_of_tasks():
+def test_it_has_the_length_items_and_representation_of_a_sequence():
     tasks = pairs()
     assert len(tasks) == 3
     assert tasks[2].name == "4-5"
@@ -23,7 +23,7 @@ def test_it_reads_as_a_sequence_of_tasks():
     assert tasks.remaining_epochs == 6
 
 
-def test_one_validation_loader_for_each_task_seen_and_a_test_loader_for_each():
+def test_there_is_a_validation_loader_per_task_seen_and_a_test_loader_per_task():
     tasks = pairs()
     assert (len(tasks.val_dataloader()), len(tasks.test_dataloader())) == (1, 3)
     tasks.next_task()
@@ -32,7 +32,7 @@ def test_one_validation_loader_for_each_task_seen_and_a_test_loader_for_each():
     assert torch.equal(seen, tasks[1].val.batch(torch.arange(40))[0])
 
 
-def test_the_order_depends_on_seed_task_and_epoch_alone():
+def test_the_order_depends_on_nothing_but_seed_task_and_epoch():
     first = order(pairs())
     assert torch.equal(first, order(pairs()))
     assert not torch.equal(first, order(pairs(seed=1)))
@@ -44,7 +44,7 @@ def test_the_order_depends_on_seed_task_and_epoch_alone():
     assert torch.equal(order(pairs(batch_size=7)), first)
 
 
-def test_tensors_are_read_a_batch_at_a_time():
+def test_tensors_are_read_in_whole_batches():
     tasks = pairs()
     loader = tasks.train_dataloader()
     calls = []
@@ -59,7 +59,7 @@ def test_tensors_are_read_a_batch_at_a_time():
     assert calls == [16, 16, 8]
 
 
-def test_plain_tensor_sets_and_sets_of_pictures_are_fed_too():
+def test_plain_tensor_data_sets_and_data_sets_of_pictures_can_be_tasks():
     tasks = TaskSequenceDataModule(
         [Task("points", train=blobs()), Task("pictures", train=Pictures([0, 1, 2]))], batch_size=2
     )
@@ -70,7 +70,7 @@ def test_plain_tensor_sets_and_sets_of_pictures_are_fed_too():
     assert (x.shape, y.shape) == ((2, 2, 2), (2,))
 
 
-def test_worker_processes_read_the_same():
+def test_worker_processes_read_the_same_samples():
     assert torch.equal(order(pairs(num_workers=1)), order(pairs()))
 
 
@@ -85,7 +85,7 @@ def test_the_position_is_saved_and_restored():
     assert torch.equal(order(other), order(tasks))
 
 
-def test_while_a_task_closes_a_checkpoint_says_it_is_learned():
+def test_a_checkpoint_of_a_closed_task_has_the_task_learned():
     tasks = pairs()
     tasks.end_epoch()
     tasks.end_epoch()
@@ -96,7 +96,7 @@ def test_while_a_task_closes_a_checkpoint_says_it_is_learned():
     assert tasks.state_dict() == {"learned": 1, "epoch": 0, "crossing": False}
 
 
-def test_after_the_last_task_it_stays_shown():
+def test_the_last_task_stays_current_once_all_are_learned():
     tasks = pairs()
     assert [tasks.next_task() for _ in range(3)] == [True, True, False]
     assert tasks.task.index == 2
@@ -104,12 +104,12 @@ def test_after_the_last_task_it_stays_shown():
     assert len(tasks.val_dataloader()) == 3
 
 
-def test_a_share_of_the_training_set_can_be_validated_on():
+def test_a_share_of_each_training_set_can_be_held_out_for_validation():
     tasks = pairs(val_fraction=0.25)
     assert [(len(t.train), len(t.val), len(t.test)) for t in tasks.tasks] == [(30, 10, 40)] * 3
 
 
-def test_every_way_to_make_one():
+def test_every_constructor_passes_its_options_on():
     images = TensorDataset(torch.rand(4, 3, 3), torch.tensor([0, 1, 0, 1]))
     options = {"batch_size": 2, "epochs_per_task": 5}
     for tasks, length in (
@@ -153,6 +153,6 @@ EMPTY = TensorDataset(torch.zeros(0, 8), torch.zeros(0))
         (lambda: pairs().load_state_dict({"learned": 9, "epoch": 0}), "has learned 9 tasks"),
     ],
 )
-def test_bad_arguments_get_one_clear_sentence(make, message):
+def test_an_invalid_argument_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()

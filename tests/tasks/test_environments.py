@@ -1,8 +1,7 @@
-"""EnvSequence: environments one after another in one fit, and again the same when it is resumed."""
+"""EnvSequence: one fit learns environments one after another, and a resumed fit ends the same."""
 
 from functools import partial
 
-import gymnasium
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -15,33 +14,12 @@ from torch import nn
 from benchmarks.ppo import PPO, gaussian
 from lightning_blip import BLIP, EnvSequence, ForgettingCurves, TaskBoundaries
 from lightning_blip.tasks.rollouts import Episodes
+from tests.helpers import fitting
+from tests.helpers.environments import Counting
+from tests.helpers.fitting import same
 from tests.helpers.networks import QUIET
-from tests.tasks.test_boundaries import Recorder, same
-
-
-class Counting(gymnasium.Env):
-    """Shows how many steps were taken, and noise; pays the action, and ends, or has its time up."""
-
-    observation_space = Box(-100, 100, (3,), np.float64)
-
-    def __init__(self, length=5, up=False, continuous=False):
-        self.length, self.up = length, up
-        self.action_space = Box(-1, 1, (1,), np.float32) if continuous else Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.time, self.drift = 0, 0.0
-        return self.seen(), {}
-
-    def step(self, action):
-        self.time += 1
-        paid = float(np.asarray(action).item())
-        self.drift += paid
-        over = self.time == self.length
-        return self.seen(), paid, over and not self.up, over and self.up, {}
-
-    def seen(self):
-        return np.array([self.time, self.drift, self.np_random.normal()])
+from tests.helpers.recorder import Recorder
+from tests.helpers.stay_frozen import StayFrozen
 
 
 def sequence(*makes, **options):
@@ -57,13 +35,12 @@ def agent(tasks=2, **options):
     return PPO(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2] * tasks, lr=0.01, **options)
 
 
-def fit(tasks, module=None, callbacks=(), ckpt_path=None, **options):
-    trainer = pl.Trainer(**{**QUIET, "num_sanity_val_steps": 0, "callbacks": list(callbacks), **options})
-    trainer.fit(module or agent(), datamodule=tasks, ckpt_path=ckpt_path)
-    return trainer
+def fit(callbacks=(), module=None, tasks=None, ckpt_path=None, **options):
+    options = {"num_sanity_val_steps": 0, **options}
+    return fitting.fit(callbacks, module or agent(), tasks or sequence(), ckpt_path, **options)
 
 
-def test_it_reads_as_a_sequence_of_tasks():
+def test_it_has_the_length_items_and_representation_of_a_sequence():
     tasks = EnvSequence(["CartPole-v1", "Acrobot-v1"], steps_per_task=[1_000, 10_000], num_envs=4)
     assert [task.name for task in tasks] == ["CartPole-v1", "Acrobot-v1"]
     assert tasks.epochs == [1, 2]  # of 5,000 steps
@@ -71,9 +48,9 @@ def test_it_reads_as_a_sequence_of_tasks():
     assert "EnvSequence(0 of 2 tasks learned)" in repr(tasks)
 
 
-def test_one_fit_learns_every_environment_and_everyone_hears_of_the_boundaries(tmp_path):
+def test_one_fit_learns_every_environment_and_calls_the_hooks_at_the_boundaries(tmp_path):
     recorder, curves = Recorder(), ForgettingCurves("val_return")
-    trainer = fit(sequence(), callbacks=[recorder, curves], default_root_dir=tmp_path)
+    trainer = fit([recorder, curves], default_root_dir=tmp_path)
     assert recorder.events == [
         ("start", 0), ("epoch", 0), ("validated", 0, 1), ("epoch", 0), ("validated", 0, 1),
         ("end", 0), ("validated", 0, 1),
@@ -86,7 +63,7 @@ def test_one_fit_learns_every_environment_and_everyone_hears_of_the_boundaries(t
 
 
 class Noting(PPO):
-    """Keeps its rollouts and batches, and with which head it acted."""
+    """Keeps its rollouts and batches, and the heads that were active when it acted and trained."""
 
     def __init__(self):
         super().__init__(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2, 2])
@@ -106,9 +83,9 @@ class Noting(PPO):
         return super().training_step(batch, batch_idx)
 
 
-def test_batches_are_the_rollout_shuffled_once_a_pass():
+def test_each_pass_gives_the_whole_rollout_in_another_order():
     module = Noting()
-    fit(sequence(Counting, steps_per_task=64, episodes=1, names=["game"]), module)
+    fit((), module, sequence(Counting, steps_per_task=64, episodes=1, names=["game"]))
     assert (len(module.rollouts), len(module.batches)) == (2, 2 * 2 * 3)
     whole = module.rollouts[0].observations.flatten(0, 1)
     for one_pass in (module.batches[:3], module.batches[3:6]):
@@ -123,9 +100,9 @@ def test_batches_are_the_rollout_shuffled_once_a_pass():
             assert returned.isfinite()
 
 
-def test_a_rollout_goes_on_through_the_ends_of_episodes_and_keeps_what_was_cut_off():
+def test_a_rollout_continues_after_episodes_end_and_keeps_the_last_observations_of_those_cut_off():
     module = Noting()
-    fit(sequence(partial(Counting, up=True), steps_per_task=64, episodes=1, names=["game"]), module)
+    fit((), module, sequence(partial(Counting, up=True), steps_per_task=64, episodes=1, names=["game"]))
     first, second = module.rollouts
     assert first.observations[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert second.observations[:, 0, 0].tolist() == [3, 4, 0, 1, 2, 3, 4, 0]
@@ -137,16 +114,16 @@ def test_a_rollout_goes_on_through_the_ends_of_episodes_and_keeps_what_was_cut_o
     assert torch.equal(first.rewards, first.decisions["actions"].float())
 
 
-def test_nothing_is_cut_off_where_episodes_end_by_themselves():
+def test_episodes_that_end_by_themselves_are_not_cut_off():
     module = Noting()
-    fit(sequence(Counting, steps_per_task=64, episodes=1, names=["game"]), module)
+    fit((), module, sequence(Counting, steps_per_task=64, episodes=1, names=["game"]))
     assert module.rollouts[0].cut.shape == (0, 2)
     assert int(module.rollouts[0].ended.sum()) == 4
 
 
 def test_heads_follow_the_task_in_rollouts_and_the_environment_in_evaluation():
     module = Noting()
-    trainer = fit(sequence(), module)
+    trainer = fit((), module)
     assert set(module.trained) == {(0, 0), (1, 1)}
     assert {one for one in module.acted if one[1]} == {(0, True, 0, 0), (1, True, 1, 1)}
     assert {one[2] for one in module.acted if one[0] == 1 and not one[1]} == {0, 1}
@@ -154,7 +131,7 @@ def test_heads_follow_the_task_in_rollouts_and_the_environment_in_evaluation():
     assert [set(result) for result in results] == [{f"test_return/dataloader_idx_{i}"} for i in range(2)]
 
 
-def test_rollouts_are_made_in_the_precision_of_the_training():
+def test_rollouts_use_the_precision_of_the_training():
     class Autocast(PPO):
         found = set()
 
@@ -167,7 +144,7 @@ def test_rollouts_are_made_in_the_precision_of_the_training():
             return super().targets(rollout)
 
     module = Autocast(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [2, 2])
-    fit(sequence(), module, [BLIP()], precision="bf16-mixed")
+    fit(BLIP(), module, precision="bf16-mixed")
     assert Autocast.found == {("act", True, True), ("act", False, True), ("targets", True)}
 
 
@@ -184,7 +161,7 @@ def test_episodes_are_played_to_their_end_and_are_the_same_each_time():
     returns = episodes.play(module)
     assert torch.equal(returns, episodes.play(module))
     assert len(set(returns.tolist())) > 1
-    # Those who are out are not counted while the others go on.
+    # Rewards after the end of an episode do not count while the other episodes continue.
     each = [Episodes("CartPole-v1", 1, seed=3 + i).play(module).item() for i in range(5)]
     assert returns.tolist() == each
 
@@ -196,7 +173,7 @@ def test_information_is_measured_on_new_rollouts_of_the_task():
         def on_task_end(self, trainer, pl_module, task):
             self.seen.append(list(trainer.datamodule.task_dataloader()))
 
-    fit(sequence(), Noting(), [Seeing()])
+    fit(Seeing(), Noting())
     assert [len(batches) for batches in Seeing.seen] == [2, 2]
     for batches, length in zip(Seeing.seen, (5, 7), strict=True):
         observations, actions = batches[0]
@@ -211,7 +188,7 @@ def parts(**options):
 
 
 class Killed(pl.Callback):
-    """Ends a run right after a checkpoint was saved at this step."""
+    """Breaks off a fit right after the checkpoint of a step was saved."""
 
     def __init__(self, after):
         self.after = after
@@ -232,55 +209,40 @@ class Killed(pl.Callback):
         (40, "kronecker"),
     ],
 )
-def test_a_fit_resumed_in_the_middle_of_a_game_ends_as_the_unbroken_one(tmp_path, step, basis):
+def test_a_fit_resumed_in_the_middle_of_a_game_ends_like_the_unbroken_fit(tmp_path, step, basis):
     tasks, whole, blip, unbroken = parts(basis=basis)
-    fit(tasks, whole, [blip, unbroken])
+    fit([blip, unbroken], whole, tasks)
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=step)
     tasks, module, first, recorder = parts(basis=basis)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(tasks, module, [first, recorder, saves, Killed(step)], enable_checkpointing=True)
+        fit([first, recorder, saves, Killed(step)], module, tasks, enable_checkpointing=True)
     tasks, module, second, resumed = parts(basis=basis)
     with torch.no_grad():
         for theta in module.parameters():
             theta.zero_()
-    trainer = fit(tasks, module, [second, resumed], ckpt_path=saves.best_model_path)
+    trainer = fit([second, resumed], module, tasks, saves.best_model_path)
     assert trainer.global_step == 48
     assert same(module.state_dict(), whole.state_dict())
     assert same(second.bits(), blip.bits())
     assert same(second.precision(), blip.precision())
     assert second.tasks_learned == 2
+    assert resumed.ends == unbroken.ends[-len(resumed.ends) :]
 
 
-class StayFrozen(pl.Callback):
-    """Looks after each step whether what the first task froze is as it was."""
-
-    def __init__(self, blip):
-        self.blip, self.before = blip, None
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if self.blip.tasks_learned:
-            codes = {
-                name: self.blip.state(name).frozen_code(dict(pl_module.named_parameters())[name])
-                for name in self.blip.bits()
-            }
-            self.before = self.before or codes
-            assert same(codes, self.before)
-
-
-def test_frozen_bits_stay_through_the_games_that_follow():
+def test_frozen_bits_do_not_change_in_later_games():
     blip = BLIP(prior=1e-6, pull=0.0, damping=0.0)
     frozen = StayFrozen(blip)
-    fit(sequence(), agent(), [blip, frozen])
+    fit([blip, frozen])
     assert sum(int((bits > 0).sum()) for bits in blip.bits().values()) > 10
     assert set(frozen.before) == {"body.0.weight", "body.0.bias"}
 
 
 @pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
-def test_a_policy_of_continuous_actions_has_information_too(basis):
+def test_a_policy_over_continuous_actions_gains_information(basis):
     make = partial(Counting, continuous=True)
     module = PPO(nn.Sequential(nn.Linear(3, 8), nn.Tanh()), 8, [1, 1], continuous=True)
     blip = BLIP(likelihood=gaussian, basis=basis)
-    fit(sequence(make, partial(Counting, 7, continuous=True)), module, [blip])
+    fit(blip, module, sequence(make, partial(Counting, 7, continuous=True)))
     assert blip.tasks_learned == 2
     assert blip.last_boundary.information_gain > 0
 
@@ -295,21 +257,23 @@ def test_actions_out_of_bounds_are_clipped():
 
 
 class Whimsical(Counting):
-    def seen(self):
+    """Cannot be repeated: its observations are not seeded."""
+
+    def observation(self):
         return np.random.default_rng().normal(size=3)
 
 
-def test_an_environment_that_does_not_repeat_itself_is_told_of(tmp_path):
+def test_resuming_in_an_environment_that_cannot_be_repeated_warns(tmp_path):
     def whimsical():
         return sequence(Whimsical, partial(Whimsical, 7))
 
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=4)
-    fit(whimsical(), callbacks=[saves], max_steps=4, enable_checkpointing=True)
+    fit(saves, tasks=whimsical(), max_steps=4, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="did not do again what it did before"):
-        fit(whimsical(), ckpt_path=saves.best_model_path)
+        fit(tasks=whimsical(), ckpt_path=saves.best_model_path)
 
 
-def test_atari_is_played_by_its_own_environments_and_goes_on_where_it_was():
+def test_atari_uses_its_own_environments_and_resumes_within_an_epoch():
     def sequence_of_frames():
         tasks = EnvSequence(
             ["ALE/Boxing-v5"], steps_per_task=64, num_envs=2, rollout_steps=16, updates_per_epoch=2, passes=1,
@@ -346,19 +310,19 @@ class Bytes(nn.Module):
         ({"names": ["a", "a"]}, r"Tasks share the names \['a'\]"),
     ],
 )
-def test_arguments_that_are_off_are_named(options, said):
+def test_an_invalid_argument_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         sequence(**options)
     with pytest.raises(ValueError, match="is no sequence"):
         EnvSequence([], steps_per_task=10)
 
 
-def test_a_module_that_cannot_act_is_told_what_to_define():
+def test_a_module_that_cannot_act_is_refused_with_the_methods_it_lacks():
     class Passive(pl.LightningModule):
         pass
 
     with pytest.raises(ValueError, match="Passive has no act and no targets: define what"):
-        sequence().__class__.setup(_attached(sequence(), Passive()), "fit")
+        _attached(sequence(), Passive()).setup("fit")
 
 
 def _attached(tasks, module):
@@ -368,20 +332,20 @@ def _attached(tasks, module):
     return tasks
 
 
-def test_without_gymnasium_it_says_what_to_install(monkeypatch):
+def test_the_error_without_gymnasium_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-blip\[rl\]'"):
         EnvSequence(["CartPole-v1"], steps_per_task=1)
 
 
 class Shown(Counting):
-    """Shows what it counts in any space."""
+    """Shows its number of steps as a point of any space."""
 
     def __init__(self, space, show, length=5):
         super().__init__(length)
         self.observation_space, self.show = space, show
 
-    def seen(self):
+    def observation(self):
         return self.show(self.time)
 
 
@@ -390,7 +354,7 @@ BOTH = Tuple([Box(0, 1, (1,)), Discrete(3)])
 
 
 class Pressing(Counting):
-    """Has other actions."""
+    """Takes the actions of any space."""
 
     def __init__(self, space):
         super().__init__()
@@ -409,21 +373,21 @@ class Pressing(Counting):
         (partial(Pressing, PARTS), r"Task 'it' has actions of Dict\(.*ActionWrapper"),
     ],
 )
-def test_what_is_no_array_is_refused_and_the_wrapper_named(make, said):
+def test_spaces_that_are_not_arrays_are_refused_with_a_wrapper_that_helps(make, said):
     with pytest.raises(ValueError, match=said):
         sequence(make, names=["it"])
 
 
-def test_the_wrapper_that_is_named_helps():
+def test_the_recommended_wrapper_helps():
     def show(time):
         return {"time": time, "speed": np.zeros(2, np.float32)}
 
     module = PPO(nn.Linear(10, 8), 8, [2])
-    fit(sequence(lambda: FlattenObservation(Shown(PARTS, show)), names=["flat"]), module)
+    fit((), module, sequence(lambda: FlattenObservation(Shown(PARTS, show)), names=["flat"]))
     assert module.trainer.global_step == 24
 
 
-def test_numbered_observations_are_learned_from():
+def test_discrete_observations_can_be_learned_from():
     class Looking(PPO):
         rollouts = []
 
@@ -433,27 +397,25 @@ def test_numbered_observations_are_learned_from():
 
     make = partial(Shown, Discrete(8), lambda time: time)
     blip, module = BLIP(), Looking(nn.Embedding(8, 8), 8, [2])
-    fit(sequence(make, steps_per_task=64, names=["numbered"]), module, [blip])
+    fit(blip, module, sequence(make, steps_per_task=64, names=["numbered"]))
     assert module.rollouts[0].observations[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert blip.last_boundary.information_gain > 0
 
 
 @pytest.mark.parametrize("space", [MultiDiscrete([2, 3]), MultiBinary(2)])
-def test_several_actions_at_once_are_learned(space):
-    """Whatever they are, the module says how they are drawn."""
-
+def test_several_actions_at_once_can_be_learned(space):
     def policy(output):
         drawn = torch.distributions.Categorical(logits=output.unflatten(-1, (2, 2)))
         return torch.distributions.Independent(drawn, 1)
 
     module, blip = PPO(nn.Linear(3, 8), 8, [4]), BLIP(likelihood=policy)
     module.policy = policy
-    fit(sequence(partial(Pressing, space), steps_per_task=64, names=["pressing"]), module, [blip])
+    fit(blip, module, sequence(partial(Pressing, space), steps_per_task=64, names=["pressing"]))
     assert module.trainer.global_step == 12
     assert blip.last_boundary.information_gain > 0
 
 
-def test_observations_of_different_shapes_are_told_of():
+def test_observations_of_different_shapes_warn():
     make = partial(Shown, Box(0, 9, (4,)), lambda time: np.full(4, time, np.float32))
     tasks = sequence(Counting, make)
     with pytest.warns(UserWarning, match=r"shapes \[\(3,\), \(4,\)\]: unless .*TransformObservation"):
@@ -471,7 +433,7 @@ def test_evaluation_needs_no_fit():
     assert len(tested) == 2
 
 
-def test_prediction_plays_every_environment_or_is_refused():
+def test_prediction_plays_every_environment_and_needs_predict_step():
     class Predicting(PPO):
         def predict_step(self, episodes, batch_idx, dataloader_idx=0):
             return self.head.active, episodes.play(self)
@@ -487,7 +449,7 @@ def test_prediction_plays_every_environment_or_is_refused():
 
 
 class Closed(Counting):
-    """Counts those that are open."""
+    """Counts the environments that are open."""
 
     left = 0
 
@@ -514,34 +476,34 @@ class Failing(pl.Callback):
 def test_environments_are_closed_when_a_fit_fails(options):
     Closed.left = 0
     with pytest.raises(RuntimeError, match="broken"):
-        fit(sequence(partial(Closed, **options), names=["it"]), agent(1), [Failing()])
+        fit(Failing(), agent(1), sequence(partial(Closed, **options), names=["it"]))
     assert Closed.left == 0
 
 
-def test_epochs_may_be_cut_short(tmp_path):
+def test_limit_train_batches_shortens_the_epochs(tmp_path):
     Closed.left = 0
     blip, curves = BLIP(), ForgettingCurves("val_return")
     options = {"limit_train_batches": 5, "default_root_dir": tmp_path}
-    trainer = fit(sequence(Closed, names=["it"]), agent(1), [blip, curves], **options)
+    trainer = fit([blip, curves], agent(1), sequence(Closed, names=["it"]), **options)
     assert (trainer.global_step, blip.tasks_learned) == (10, 1)
     assert curves.matrix.isfinite().all()
     assert Closed.left == 0
 
 
 class Stopping(pl.Callback):
-    """Ends a fit as ``max_time`` does, but by its steps."""
+    """Ends a fit as ``max_time`` does, but after a number of steps."""
 
     def on_train_batch_end(self, trainer, *_):
         trainer.should_stop = trainer.global_step == 5
 
 
-def test_a_fit_that_is_stopped_within_an_epoch_goes_on_later(tmp_path):
+def test_a_fit_stopped_within_an_epoch_resumes_with_the_next_epoch(tmp_path):
     Closed.left = 0
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     tasks = partial(sequence, Closed, names=["it"])
-    first = fit(tasks(), agent(1), [saving, Stopping()], enable_checkpointing=True)
+    first = fit([saving, Stopping()], agent(1), tasks(), enable_checkpointing=True)
     assert (first.global_step, Closed.left) == (5, 0)
     blip = BLIP()
-    second = fit(tasks(), agent(1), [blip], ckpt_path=saving.last_model_path)
-    # As with data sets, the epoch that was cut short is over: the second one is left, of 12 steps.
+    second = fit(blip, agent(1), tasks(), saving.last_model_path)
+    # As with data sets, the stopped epoch counts as done: the second epoch of 12 steps is left.
     assert (second.global_step, blip.tasks_learned) == (17, 1)

@@ -1,4 +1,4 @@
-"""TaskHeads: the active head learns, the others rest."""
+"""TaskHeads: the active head learns, and the others do not change."""
 
 import re
 
@@ -19,7 +19,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_a_head_that_is_not_active_is_never_moved(make, set_to_none):
+def test_no_optimizer_moves_an_inactive_head(make, set_to_none):
     heads = TaskHeads(4, classes=[2, 3, 2])
     optimizer = make(heads.parameters())
     for task in (0, 1, 0, 2, 1):
@@ -34,7 +34,7 @@ def test_a_head_that_is_not_active_is_never_moved(make, set_to_none):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_a_head_left_while_evaluating_rests_once_training_goes_on(make):
+def test_a_head_that_was_left_in_evaluation_is_not_moved_in_training(make):
     heads = TaskHeads(4, classes=[2, 2])
     optimizer = make(heads.parameters())
     heads(torch.randn(5, 4)).square().sum().backward()
@@ -49,7 +49,7 @@ def test_a_head_left_while_evaluating_rests_once_training_goes_on(make):
     assert torch.equal(heads.heads[0].weight, before)
 
 
-def test_looking_at_another_head_in_evaluation_keeps_the_gradient_being_accumulated():
+def test_evaluating_another_head_keeps_an_accumulated_gradient():
     heads = TaskHeads(4, classes=[2, 2])
     heads.active = 1
     heads(torch.randn(5, 4)).sum().backward()
@@ -61,7 +61,7 @@ def test_looking_at_another_head_in_evaluation_keeps_the_gradient_being_accumula
     assert torch.equal(heads.heads[1].weight.grad, gradient)
 
 
-def test_each_task_has_its_width_and_the_state_is_that_of_the_heads():
+def test_each_head_has_the_width_of_its_task_and_is_all_that_is_saved():
     heads = TaskHeads(4, classes=[2, 5], bias=False)
     assert len(heads) == 2
     assert heads.active == 0
@@ -72,7 +72,7 @@ def test_each_task_has_its_width_and_the_state_is_that_of_the_heads():
     assert "active=1" in repr(heads)
 
 
-def test_which_head_is_active_is_not_part_of_the_weights():
+def test_the_active_head_is_not_part_of_the_state_dict():
     heads, restored = TaskHeads(4, classes=[2, 2]), TaskHeads(4, classes=[2, 2])
     heads.active = 1
     restored.load_state_dict(heads.state_dict())
@@ -86,7 +86,7 @@ def test_tasks_without_classes_are_refused(classes):
 
 
 @pytest.mark.parametrize("task", [-1, 2])
-def test_a_head_that_is_not_there_is_refused(task):
+def test_activating_a_missing_head_is_refused(task):
     heads = TaskHeads(4, classes=[2, 2])
     with pytest.raises(ValueError, match=f"active={task} is none of the 2 heads, 0 to 1"):
         heads.active = task

@@ -1,4 +1,4 @@
-"""Running statistics: each task's own, the first task's, or those of the task learned last."""
+"""Running statistics: kept per task, frozen after the first task, or shared by all tasks."""
 
 import copy
 import pickle
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.networks import Classifier, resnet18
 from lightning_blip import BLIP, ForgettingCurves, TaskHeads, TaskSequenceDataModule
 from lightning_blip.tasks.norm_stats import TaskStatistics, freeze, thaw
+from tests.helpers.fitting import fit, same
 from tests.helpers.networks import QUIET, Net, blobs, pairs
 
 SETTINGS = ["per_task", "freeze", "shared"]
@@ -24,23 +25,13 @@ def statistics(module):
     return {name: value.clone() for name, value in module.named_buffers()}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def fit(blip, module, tasks=None, callbacks=(), ckpt_path=None, **options):
-    trainer = pl.Trainer(**{**QUIET, "callbacks": [blip, *callbacks], **options})
-    trainer.fit(module, datamodule=tasks or pairs(), ckpt_path=ckpt_path)
-    return trainer
-
-
 def loader(shift=0.0, seed=0):
     x, y = blobs(seed=seed).tensors
     return DataLoader(TensorDataset(x + shift, y), batch_size=30)
 
 
-def digits_under_changing_light():
-    """The ten digits as small colour images, three times, each time in another light."""
+def digits_in_three_lights():
+    """Return three tasks of the ten digits as small colour images, each in another light."""
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8).expand(-1, 3, 8, 8) / 8 - 1
     y = torch.tensor(labels)
@@ -57,7 +48,7 @@ def digits_under_changing_light():
 
 
 class HoldTheBody(pl.Callback):
-    """After the first task no weight before the heads moves any more: only running statistics can forget."""
+    """Keeps the weights before the heads as they are after the first task: only statistics can forget."""
 
     def on_task_start(self, trainer, pl_module, task):
         if task.index > 0:
@@ -77,25 +68,23 @@ def scores_with_the_body_held(setting, folder):
     parts = [{"params": body.parameters()}, {"params": heads.parameters()}]
     module = Classifier(body, heads, lambda _: torch.optim.Adam(parts, lr=3e-3))
     curves = ForgettingCurves("val_acc")
-    fit(
-        BLIP(norm_stats=setting, samples=100), module, digits_under_changing_light(), [HoldTheBody(), curves],
-        default_root_dir=folder,
-    )  # fmt: skip
+    blip = BLIP(norm_stats=setting, samples=100)
+    fit([blip, HoldTheBody(), curves], module, digits_in_three_lights(), default_root_dir=folder)
     return curves.matrix
 
 
 @pytest.mark.parametrize("setting", ["per_task", "freeze"])
-def test_a_resnet_with_its_weights_held_forgets_nothing(tmp_path, setting):
+def test_without_shared_statistics_a_resnet_with_constant_weights_forgets_nothing(tmp_path, setting):
     scores = scores_with_the_body_held(setting, tmp_path)
     assert scores[0, 0] > 0.8
     assert scores[1, 0] == scores[2, 0] == scores[0, 0]
     assert scores[2, 1] == scores[1, 1]
-    # With the first light's statistics a new head alone learns little of another light; it keeps what it has.
+    # With frozen statistics a new head alone learns little of another light, but it does not forget it.
     if setting == "per_task":
         assert scores[1, 1] > 0.15
 
 
-def test_with_shared_statistics_it_forgets_all_the_same(tmp_path):
+def test_with_shared_statistics_a_resnet_with_constant_weights_forgets(tmp_path):
     scores = scores_with_the_body_held("shared", tmp_path)
     assert scores[0, 0] > 0.8
     assert scores[2, 0] < scores[0, 0] - 0.4
@@ -132,7 +121,7 @@ def test_each_loader_is_evaluated_with_the_statistics_of_its_task(setting):
     trainer = pl.Trainer(**QUIET, callbacks=[Ends(), blip, Loaders()], max_epochs=4)
     trainer.fit(module, datamodule=pairs())
     assert len(Ends.learned) == 2
-    # The third task has not been learned: it is evaluated with the current statistics.
+    # The third task is not learned yet, so it is evaluated with the current statistics.
     trainer.validate(module, datamodule=pairs(), verbose=False)
     trainer.test(module, datamodule=pairs(), verbose=False)
     assert Loaders.seen == {0, 1, 2}
@@ -149,19 +138,19 @@ def parts(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("at_validation", [False, True])
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_fit_resumed_after_any_epoch_ends_as_the_unbroken_one(tmp_path, stop, setting, at_validation):
+def test_a_fit_resumed_after_any_epoch_ends_like_the_unbroken_fit(tmp_path, stop, setting, at_validation):
     tasks, whole, blip = parts(setting)
     fit(blip, whole, tasks)
     tasks, module, first = parts(setting)
     checkpoint = ModelCheckpoint(
         tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=not at_validation
     )
-    fit(first, module, tasks, [checkpoint], max_epochs=stop, enable_checkpointing=True)
+    fit([first, checkpoint], module, tasks, max_epochs=stop, enable_checkpointing=True)
     path = tmp_path / f"epoch={stop - 1}.ckpt"
     assert torch.load(path, weights_only=True)["callbacks"]["BLIP"]["settings"]["norm_stats"] == setting
     tasks, module, second = parts(setting)
     module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
-    fit(second, module, tasks, ckpt_path=path)
+    fit(second, module, tasks, path)
     assert same(module.state_dict(), whole.state_dict())
     for task in range(3):
         blip.use_task(whole, task)
@@ -169,7 +158,7 @@ def test_a_fit_resumed_after_any_epoch_ends_as_the_unbroken_one(tmp_path, stop, 
         assert same(module.state_dict(), whole.state_dict())
 
 
-def test_a_checkpoint_saved_while_another_tasks_statistics_are_in_place_restores_all(tmp_path):
+def test_a_checkpoint_saved_while_another_task_is_shown_restores_the_current_statistics(tmp_path):
     class SaveWithin(pl.Callback):
         def on_validation_start(self, trainer, pl_module):
             self.now = statistics(pl_module)
@@ -187,15 +176,15 @@ def test_a_checkpoint_saved_while_another_tasks_statistics_are_in_place_restores
     tasks, module, blip = parts("per_task")
     saving, restored = SaveWithin(), Restored()
     with pytest.raises(RuntimeError, match="crash"):
-        fit(blip, module, tasks, [saving])
+        fit([blip, saving], module, tasks)
     assert not same(saving.shown, saving.now)
     tasks, module, blip = parts("per_task")
-    fit(blip, module, tasks, [restored], ckpt_path=tmp_path / "within.ckpt")
+    fit([blip, restored], module, tasks, tmp_path / "within.ckpt")
     assert same(restored.now, saving.now)
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_checkpoint_from_within_an_epoch_holds_the_current_statistics(tmp_path, epoch):
+def test_a_checkpoint_saved_within_an_epoch_has_the_current_statistics(tmp_path, epoch):
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.current_epoch == epoch and batch_idx == 0:
@@ -204,16 +193,16 @@ def test_a_checkpoint_from_within_an_epoch_holds_the_current_statistics(tmp_path
 
     tasks, module, blip = parts("per_task")
     save = Save()
-    fit(blip, module, tasks, [save])
+    fit([blip, save], module, tasks)
     saved = torch.load(tmp_path / "within.ckpt", weights_only=True)
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in save.now.items())
     assert sorted(saved["callbacks"]["BLIP"]["statistics"]["kept"]) == list(range(epoch // 2))
 
 
-def test_tests_after_a_restart_find_the_statistics_of_each_task(tmp_path):
+def test_a_test_run_after_loading_a_checkpoint_uses_the_statistics_of_each_task(tmp_path):
     tasks, module, blip = parts("per_task")
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
-    trainer = fit(blip, module, tasks, [checkpoint], enable_checkpointing=True)
+    trainer = fit([blip, checkpoint], module, tasks, enable_checkpointing=True)
     expected = trainer.test(module, datamodule=tasks, verbose=False)
     buffers = statistics(module)
     tasks, module, blip = parts(None)
@@ -228,7 +217,7 @@ def test_tests_after_a_restart_find_the_statistics_of_each_task(tmp_path):
     assert pl.Trainer(**QUIET, callbacks=[blip]).test(module, tasks, verbose=False) == expected
 
 
-def test_a_second_sequence_has_tasks_of_its_own():
+def test_the_statistics_of_a_first_sequence_are_not_used_for_a_second():
     blip, module = BLIP(norm_stats="per_task"), Net(3, norm=True)
     fit(blip, module)
     first = []
@@ -236,16 +225,16 @@ def test_a_second_sequence_has_tasks_of_its_own():
         blip.use_task(module, task)
         first.append(statistics(module))
 
-    class OfTheFirst(pl.Callback):
+    class Second(pl.Callback):
         loaders = set()
 
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             assert not any(same(statistics(pl_module), one) for one in first)
             self.loaders.add(dataloader_idx)
 
-    fit(blip, module, callbacks=[OfTheFirst()])
+    fit([blip, Second()], module)
     assert blip.tasks_learned == 6
-    assert OfTheFirst.loaders == {0, 1, 2}
+    assert Second.loaders == {0, 1, 2}
 
 
 def train(network, batches, optimizer=None):
@@ -263,10 +252,10 @@ def plain(**options):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_loop_of_plain_pytorch_remembers(setting):
+def test_in_a_plain_loop_learned_tasks_keep_their_outputs_unless_statistics_are_shared(setting):
     blip, network = BLIP(norm_stats=setting), plain()
     x = blobs().tensors[0]
-    told = []
+    learned = []
     for task in range(3):
         blip.use_task(network, task)
         train(network, loader(shift=5.0 * task))
@@ -275,14 +264,14 @@ def test_a_loop_of_plain_pytorch_remembers(setting):
             blip.use_task(network, earlier)
             logits = network.eval()(x + 5 * earlier)
             if earlier == task:
-                told.append(logits)
-            # No optimizer stepped: all that could change are the statistics (and θ by rounding).
-            close = torch.allclose(logits, told[earlier], atol=1e-3)
+                learned.append(logits)
+            # No optimizer stepped: only the statistics changed, and θ by rounding.
+            close = torch.allclose(logits, learned[earlier], atol=1e-3)
             assert close is (setting != "shared" or earlier == task)
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])
-def test_frozen_statistics_hold_wherever_training_goes_on(by_trainer):
+def test_frozen_statistics_stay_frozen_in_a_trainer_in_a_plain_loop_and_after_loading(by_trainer):
     blip, module = BLIP(norm_stats="freeze"), Net(norm=True)
 
     def learn(blip, module, shift):
@@ -301,7 +290,7 @@ def test_frozen_statistics_hold_wherever_training_goes_on(by_trainer):
     assert not torch.equal(module.body[1].weight, scale)
     assert "body.1.weight" in blip.bits()
 
-    # Restored: nothing was frozen by this BLIP, in this module, before it trains.
+    # A restored BLIP freezes the statistics of a new module before it trains.
     other, restored = Net(norm=True), BLIP()
     other.load_state_dict(module.state_dict())
     restored.load_state_dict(blip.state_dict())
@@ -309,13 +298,13 @@ def test_frozen_statistics_hold_wherever_training_goes_on(by_trainer):
     assert same(statistics(other), kept)
 
 
-def test_what_is_frozen_stays_so_in_copies_until_it_is_thawed():
+def test_frozen_statistics_stay_frozen_in_copies_until_they_are_thawed():
     network = plain()
     for _ in range(2):
         freeze(network)
     kept = statistics(network)
     twins = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
-    thaw(twins[0])  # leaves the others alone
+    thaw(twins[0])  # must not thaw the others
     for twin in (network, twins[1]):
         train(twin, loader())
         assert same(statistics(twin), kept)
@@ -327,7 +316,7 @@ def test_what_is_frozen_stays_so_in_copies_until_it_is_thawed():
         assert not same(statistics(twin), kept)
 
 
-def test_what_is_frozen_after_compilation_stays_so():
+def test_statistics_frozen_after_compilation_stay_frozen():
     network = plain()
     compiled = torch.compile(network, backend="eager")
     train(compiled, loader())
@@ -337,7 +326,7 @@ def test_what_is_frozen_after_compilation_stays_so():
     assert same(statistics(network), kept)
 
 
-def test_another_blip_does_not_find_the_statistics_frozen():
+def test_another_blip_thaws_statistics_that_a_first_blip_froze():
     network, first = plain(), BLIP(norm_stats="freeze")
     first.consolidate(network, loader())
     train(network, loader())
@@ -350,7 +339,7 @@ def test_another_blip_does_not_find_the_statistics_frozen():
     assert not same(statistics(network), kept)
 
 
-def test_each_task_begins_with_the_statistics_of_the_one_before_and_counts_anew():
+def test_a_task_starts_with_the_previous_statistics_and_a_batch_count_of_zero():
     blip, network = BLIP(norm_stats="per_task"), plain(momentum=None)
     train(network, loader())
     mean = network[1].running_mean.clone()
@@ -366,7 +355,7 @@ def test_each_task_begins_with_the_statistics_of_the_one_before_and_counts_anew(
     assert torch.equal(network[1].running_mean, mean)
 
 
-def test_looking_back_never_costs_what_is_being_learned():
+def test_showing_a_learned_task_does_not_change_the_statistics_being_learned():
     blip, network = BLIP(norm_stats="per_task"), plain()
     blip.consolidate(network, loader())
     train(network, loader(5.0))
@@ -375,13 +364,13 @@ def test_looking_back_never_costs_what_is_being_learned():
     blip.use_task(network, 0)
     blip.use_task(network, 1)
     assert same(statistics(network), now)
-    # Consolidated while the first task is shown: it is the second one's that are kept.
+    # If a task is consolidated while the first is shown, the second task's statistics are kept.
     blip.use_task(network, 0)
     first = statistics(network)
     blip.consolidate(network, loader(5.0))
     blip.use_task(network, 1)
     assert same(statistics(network), now)
-    # Trained on while the first task is shown: its statistics are safe, the others' are what came of it.
+    # If training continues while the first task is shown, the result belongs to the current task.
     blip.use_task(network, 0)
     train(network, loader(9.0))
     third = statistics(network)
@@ -391,7 +380,7 @@ def test_looking_back_never_costs_what_is_being_learned():
     assert same(statistics(network), third)
 
 
-def test_asking_what_is_forgotten_leaves_the_statistics_in_place_that_are_shown():
+def test_predicted_forgetting_does_not_change_which_statistics_are_shown():
     network = nn.Sequential(nn.BatchNorm1d(8), TaskHeads(8, classes=[6, 6]))
     blip = BLIP()
     for shift in (0.0, 3.0):
@@ -404,7 +393,7 @@ def test_asking_what_is_forgotten_leaves_the_statistics_in_place_that_are_shown(
     assert same(statistics(network), shown)
 
 
-def test_use_task_makes_the_head_active_and_refuses_tasks_that_are_not_there():
+def test_use_task_activates_the_head_and_refuses_unknown_tasks():
     blip = BLIP()
     network = nn.Sequential(plain(), TaskHeads(6, classes=[6, 6]))
     for task in range(2):
@@ -416,7 +405,7 @@ def test_use_task_makes_the_head_active_and_refuses_tasks_that_are_not_there():
     blip.use_task(network, 0)
     assert network[1].active == 0
     blip.use_task(network, 1)
-    # There is no third head: the second stays active.
+    # There is no third head, so the second stays active.
     blip.use_task(network, 2)
     assert network[1].active == 1
     with pytest.raises(ValueError, match="task=-1 must be 0 to 2"):
@@ -429,7 +418,7 @@ def test_use_task_makes_the_head_active_and_refuses_tasks_that_are_not_there():
 @pytest.mark.parametrize(
     "layer", [nn.BatchNorm1d(6), nn.SyncBatchNorm(6), nn.InstanceNorm1d(6, track_running_stats=True)]
 )
-def test_whatever_has_running_statistics_is_found(layer):
+def test_every_kind_of_layer_with_running_statistics_is_found(layer):
     found = TaskStatistics()
     layer.running_mean.fill_(3.0)
     found.keep(layer, 0)
@@ -440,8 +429,21 @@ def test_whatever_has_running_statistics_is_found(layer):
     assert not layer.train().training
 
 
+def test_modules_inside_a_frozen_layer_follow_train_and_eval():
+    class NormAndDrop(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(4)
+            self.drop = nn.Dropout()
+
+    network = nn.Sequential(NormAndDrop())
+    freeze(network)
+    assert not network.eval()[0].drop.training
+    assert network.train()[0].drop.training
+    assert not network[0].training
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_network_without_running_statistics_stores_nothing_more_with_every_task(setting):
+def test_without_running_statistics_the_state_does_not_grow_with_the_tasks(setting):
     network = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
     blip = BLIP(norm_stats=setting)
     sizes = []
@@ -451,7 +453,7 @@ def test_a_network_without_running_statistics_stores_nothing_more_with_every_tas
     assert sizes[0] == sizes[2]
 
 
-def test_the_network_chooses_unless_told_otherwise():
+def test_the_default_norm_stats_depend_on_the_networks_heads():
     def chosen(blip, heads):
         blip.wrap(torch.optim.SGD((module := Net(heads, norm=True)).parameters(), lr=0.1), module)
         return blip.norm_stats
@@ -464,7 +466,7 @@ def test_the_network_chooses_unless_told_otherwise():
         BLIP(norm_stats="own")
 
 
-def test_what_was_chosen_is_part_of_the_settings():
+def test_the_chosen_norm_stats_are_saved_and_checked():
     blip = BLIP()
     blip.consolidate(Net(3, norm=True), [(torch.randn(8, 8), torch.zeros(8))])
     saved = blip.state_dict()
