@@ -1,4 +1,4 @@
-"""One output layer per task, of which one is active."""
+"""One output layer per task, of which one is active at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing_extensions import Self
 
 
 def task_heads(module: nn.Module) -> list[TaskHeads]:
-    """All heads per task inside a module.
+    """Return every :class:`TaskHeads` inside a module.
 
     Args:
-        module: Any.
+        module: Any module.
 
     Returns:
-        In the module's order.
+        The :class:`TaskHeads`, in the module's order.
 
     Example:
         >>> len(task_heads(nn.Sequential(nn.Linear(4, 4), TaskHeads(4, classes=[2, 2]))))
@@ -25,19 +25,19 @@ def task_heads(module: nn.Module) -> list[TaskHeads]:
 
 
 class TaskHeads(nn.Module):
-    """One Linear head per task; the forward pass goes through the active one.
+    """One Linear head per task; the forward pass uses the active head.
 
-    In a fit over a sequence of tasks the active head follows the task, and in validation and test that of
-    the loader's task. A head that is not active has no gradient, so no optimizer moves it: momentum
-    and weight decay included.
+    In a fit over a sequence of tasks, the active head is that of the current task; in validation and test it
+    is that of the loader's task. An inactive head has no gradient, so that no optimizer moves it, not even by
+    momentum or weight decay.
 
     Args:
-        in_features: Width of the features.
-        classes: How many classes each task has: one head each.
+        in_features: The width of the features.
+        classes: The number of classes of each task; there is one head per entry.
         bias: Whether the heads have a bias.
 
     Raises:
-        ValueError: If there is no task, or one has no class.
+        ValueError: If there is no task, or a task has no class.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ class TaskHeads(nn.Module):
         super().__init__()
         if not classes or min(classes) < 1:
             raise ValueError(
-                f"classes={classes} must hold one number for each task, at least 1: classes=[2, 2]"
+                f"classes={classes} must hold one number for each task, at least 1, such as classes=[2, 2]"
             )
         self.heads = nn.ModuleList(nn.Linear(in_features, count, bias) for count in classes)
         self._active = 0
@@ -64,45 +64,48 @@ class TaskHeads(nn.Module):
     @active.setter
     def active(self, task: int) -> None:
         if not 0 <= task < len(self):
-            raise ValueError(f"active={task} is none of the {len(self)} heads, 0 to {len(self) - 1}")
+            raise ValueError(
+                f"active={task} is none of the {len(self)} heads, 0 to {len(self) - 1}: give TaskHeads one "
+                "entry of classes for each task"
+            )
         self._active = task
-        self._rest()
+        self._remove_inactive_gradients()
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode; another head may have become active while evaluating.
+        """Set the mode, and remove gradients of heads that became inactive in evaluation.
 
         Args:
-            mode: Whether to train.
+            mode: Whether to train, instead of to evaluate.
 
         Returns:
             The module itself.
         """
         super().train(mode)
-        self._rest()
+        self._remove_inactive_gradients()
         return self
 
     def __len__(self) -> int:
         return len(self.heads)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The active head's logits.
+        """Return the logits of the active head.
 
         Args:
             features: (…, in_features).
 
         Returns:
-            (…, classes of the active task).
+            The logits, (…, classes of the active task).
         """
         logits: Tensor = self.heads[self._active](features)
         return logits
 
     def extra_repr(self) -> str:
-        """Which head is active."""
+        """Return which head is active, for the module's representation."""
         return f"active={self._active}"
 
-    def _rest(self) -> None:
-        # Optimizers pass over parameters without a gradient, but not over those with one that is zero. While
-        # evaluating, the gradients stay: they may be those of a step that is still being accumulated.
+    def _remove_inactive_gradients(self) -> None:
+        # Optimizers skip a parameter whose gradient is None, but not one whose gradient is zero. In
+        # evaluation the gradients stay, because a training step may still be accumulating them.
         if self.training:
             for index, head in enumerate(self.heads):
                 if index != self._active:

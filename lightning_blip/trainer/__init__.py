@@ -1,1 +1,1 @@
-"""Everything that touches Lightning."""
+"""The parts that depend on Lightning, and on processes and random state during a fit."""

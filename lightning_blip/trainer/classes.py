@@ -1,4 +1,4 @@
-"""Base classes that the Trainers of both packages, ``pytorch_lightning`` and ``lightning``, take."""
+"""Base classes and checks that work with both packages, ``pytorch_lightning`` and ``lightning``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ else:
     import lightning.pytorch as other
 
     class Callback(pl.Callback, other.Callback):
-        """A callback for either Trainer."""
+        """A callback for the Trainer of either package."""
 
     class LightningDataModule(pl.LightningDataModule, other.LightningDataModule):
-        """A data module for either Trainer."""
+        """A data module for the Trainer of either package."""
 
 
 def is_a(instance: object, *names: str) -> bool:
-    """Whether something is of one of Lightning's classes, of whichever of its packages.
+    """Return whether an object is an instance of one of Lightning's classes, from either package.
 
     Args:
-        instance: Such as a callback, or a strategy.
-        names: Of the classes, those that it inherits from among them.
+        instance: An object, such as a callback or a strategy.
+        names: The names of the classes; base classes count, too.
 
     Returns:
-        Whether it is of one of them.
+        Whether the object is an instance of one of the classes.
 
     Example:
         >>> is_a(Callback(), "EarlyStopping"), is_a(Callback(), "Callback", "EarlyStopping")
@@ -39,12 +39,12 @@ def is_a(instance: object, *names: str) -> bool:
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The list of a Trainer's callbacks, which knows its type."""
+    """Return the list of a Trainer's callbacks, with its type."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def overrides(module: pl.LightningModule, name: str) -> bool:
-    """Whether a module defines a method itself, of whichever package its ``LightningModule`` is.
+    """Return whether a module overrides a method of ``LightningModule``, from either package.
 
     Example:
         >>> overrides(pl.LightningModule(), "forward")

@@ -1,4 +1,4 @@
-"""Several processes: each sees its part of the samples, and all come to the same result."""
+"""Communication between processes: each sees a part of the samples, and all get the same result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The rank of this process, and how many there are.
+    """Return the rank of this process and the number of processes.
 
     Example:
         >>> rank_and_world_size()
@@ -22,23 +22,23 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def average(value: Tensor) -> Tensor:
-    """The mean over all processes, the same bit for bit on each.
+    """Average a tensor over all processes, bit for bit the same in each.
 
     Args:
-        value: This process's; changed in place.
+        value: This process's tensor, changed in place.
 
     Returns:
-        It.
+        The same tensor.
     """
-    _, processes = rank_and_world_size()
-    if processes > 1:
+    _, world_size = rank_and_world_size()
+    if world_size > 1:
         torch.distributed.all_reduce(value)
-        value /= processes
+        value /= world_size
     return value
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Gives all processes the first one's buffers, such as running statistics.
+    """Copy the buffers of rank 0, such as running statistics, to all processes.
 
     Args:
         module: The network.
@@ -49,20 +49,20 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process has, in the order of their ranks.
+    """Return the values of all processes, in the order of their ranks.
 
     Args:
-        value: This process's, anything that can be pickled.
+        value: This process's value; it must be picklable.
 
     Returns:
-        One value a process.
+        One value per process.
 
     Example:
         >>> gathered("a")
         ['a']
     """
-    _, processes = rank_and_world_size()
-    values = [value] * processes
-    if processes > 1:
+    _, world_size = rank_and_world_size()
+    values = [value] * world_size
+    if world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values

@@ -1,4 +1,4 @@
-"""Random numbers that a resumed fit draws as the unbroken one would have."""
+"""Random state that is saved and restored, so that a resumed fit draws the same numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the global generators of torch (on all devices in use), numpy and Python.
+    """Return the state of the global generators of torch (on all devices in use), NumPy and Python.
 
     Returns:
-        Tensors and plain values alone: a checkpoint that holds it loads with ``weights_only=True``.
+        Only tensors and plain values, so that a checkpoint that holds them loads with ``weights_only=True``.
     """
     of_numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002
     twister = of_numpy["state"]
@@ -27,10 +27,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes back to a state.
+    """Restore the state of the global generators.
 
     Args:
-        state: Of :func:`random_state`.
+        state: The result of :func:`random_state`.
 
     Example:
         >>> state, drawn = random_state(), torch.rand(())
@@ -49,10 +49,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def generator_of(key: tuple[int, ...]) -> torch.Generator:
-    """A generator of its own for what has a key, such as (seed, task, epoch).
+    """Return a generator that is seeded by a key, such as (seed, task, epoch).
 
     Args:
-        key: Of what is drawn: whatever else has been drawn before makes no difference.
+        key: The key. Equal keys give equal numbers, no matter what was drawn before.
 
     Returns:
         The generator, on the CPU.

@@ -1,4 +1,4 @@
-"""The batches of a task, as an estimate of its information takes them."""
+"""The batches on which a task's information is measured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytorch_lightning as pl
 
 from lightning_blip.trainer.internals import batch_on_device
 
-# Labels are drawn for so many samples, or more, of however few there are.
+# A task with fewer samples is passed through several times, until labels were drawn for this many samples.
 _LEAST_DRAWS = 1_000
 
 
 @dataclass(frozen=True)
 class TaskBatches:
-    """Pairs ``(inputs, targets)``, again and again if they are few: labels that are drawn differ each time.
+    """Pairs ``(inputs, targets)``. A small task is passed through several times, with other labels drawn.
 
     Attributes:
         loader: Yields the pairs, or mappings whose ``"labels"`` are the targets.
-        trainer: Whose ``training_step`` gets them, prepared as for that; None to take them as they are.
+        trainer: The Trainer that prepares batches as for its ``training_step``; None to use them unchanged.
 
     Example:
         >>> len(list(TaskBatches([("inputs", "targets")])))
@@ -32,7 +32,7 @@ class TaskBatches:
     trainer: pl.Trainer | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        # A loader draws no random number before the first batch is taken.
+        # A generator, because a loader must not draw random numbers before its first batch is needed.
         for _ in range(self._passes):
             for batch in self.loader:
                 if self.trainer is not None:
@@ -41,7 +41,7 @@ class TaskBatches:
 
     @property
     def samples(self) -> int | None:
-        """How many there are over all passes, where it can be known."""
+        """The number of samples over all passes, or None if it is unknown."""
         return None if self._size is None else self._size * self._passes
 
     @property
@@ -55,16 +55,16 @@ class TaskBatches:
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """Takes a batch apart.
+    """Split a batch into the network's inputs and the targets.
 
     Args:
         batch: A pair, or a mapping with ``"labels"``.
 
     Returns:
-        What the network takes, and the targets.
+        The inputs and the targets.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the batch is neither a pair nor such a mapping.
 
     Example:
         >>> inputs_and_targets({"tokens": [1, 2], "labels": 0})
@@ -76,5 +76,5 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     raise ValueError(
         f"batch of type {type(batch).__name__} is neither a pair (inputs, targets) nor a mapping with "
-        "'labels': have the data set give one of the two"
+        "'labels': make the data set return one of the two"
     )

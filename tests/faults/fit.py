@@ -1,4 +1,4 @@
-"""The five-task fit that is killed: everything random is in it, and every moment of it is counted."""
+"""The fit of five tasks that is killed: it uses every source of randomness and counts its moments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.helpers.networks import QUIET, Net, blobs
 TASKS = 5
 EPOCHS = [2, 3, 2, 3, 2]
 
-# Neighbours are unlike each other: a few kills, drawn from the front, are of the most different kinds.
+# Neighbours differ much, so that a few kills, drawn from the front, cover very different kinds.
 KINDS = (
     "Fisher batch",
     "file half written",
@@ -56,17 +56,17 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """A way to train.
+    """The options of a fit.
 
     Attributes:
-        basis: BLIP's.
-        saves: Whether a checkpoint is written at the end of each training "epoch", each "validation", or
-            every other training "batch".
+        basis: BLIP's ``basis``.
+        saves: When a checkpoint is written: at the end of each training "epoch", of each "validation", or of
+            every second training "batch".
         heads: Whether each task has its own head.
-        prior: BLIP's.
-        plateau: Whether the learning rate follows the score, else the epochs.
+        prior: BLIP's ``prior``.
+        plateau: Whether the learning rate depends on the score, instead of on the epoch.
         noise: Whether dropout, and noise on the data, draw from the global generators.
-        across: Whether the folder of temporary files is on another device than that of the checkpoints.
+        across: Whether temporary files are on another device than the checkpoints.
     """
 
     basis: str
@@ -82,7 +82,7 @@ class Setup:
 
 
 class Moments:
-    """Counts what happens, and ends the process at one of its moments as ``kill -9`` does."""
+    """Counts the moments of a fit, and kills the process at one of them, as ``kill -9`` does."""
 
     def __init__(self, last: int | None) -> None:
         self.seen: list[tuple[str, str]] = []
@@ -97,7 +97,7 @@ class Moments:
 
 
 class Noisy(Dataset[Any]):
-    """Samples with noise from the three generators that data sets draw from."""
+    """Samples with noise from the three generators that data sets use."""
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
@@ -111,7 +111,7 @@ class Noisy(Dataset[Any]):
 
 
 class DroppingNet(Net):
-    """With dropout and a schedule; it counts the batches that the Fisher information is estimated from."""
+    """A module with dropout and a schedule; counts the batches on which information is measured."""
 
     def __init__(self, setup: Setup, moments: Moments) -> None:
         super().__init__(TASKS if setup.heads else 0, norm=True)
@@ -133,7 +133,7 @@ class DroppingNet(Net):
 
 
 class Begins(pl.Callback):
-    """Counts what begins; first among the callbacks."""
+    """Counts the starts of steps, boundaries and tasks; it is the first callback."""
 
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
@@ -155,7 +155,7 @@ class Begins(pl.Callback):
 
 
 class Ends(pl.Callback):
-    """Counts what is done, and writes it down at once; last among the callbacks but for the checkpoints'."""
+    """Counts and records what is done; it is the last callback before that of the checkpoints."""
 
     def __init__(self, moments: Moments, record: Path) -> None:
         self.moments = moments
@@ -198,26 +198,26 @@ class Ends(pl.Callback):
 
 
 class Curves(ForgettingCurves):
-    """Without the picture, which takes longer than the fit."""
+    """Curves without the figure, which takes longer than the fit."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         pass
 
 
 def digest(module: nn.Module) -> str:
-    """A few letters that tell states of a network apart."""
+    """Return a short hash of a network's state."""
     values = b"".join(value.numpy().tobytes() for value in module.state_dict().values())
     return hashlib.sha256(values).hexdigest()[:8]
 
 
 def clouds(samples: int, seed: int) -> TensorDataset:
-    """Ten clouds of points that overlap: a score that were always 1 would show nothing."""
+    """Return ten overlapping clouds of points, so that scores are below 1 and can differ."""
     x, y = blobs(samples, classes=2 * TASKS, seed=seed).tensors
     return TensorDataset(x + 3.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)), y)
 
 
 def stream(setup: Setup) -> TaskSequenceDataModule:
-    """Five tasks of two classes, four batches each, the last one smaller."""
+    """Return five tasks of two classes, with four batches each, of which the last is smaller."""
     noisy = Noisy if setup.noise else lambda samples: samples
     tasks = [
         replace(task, train=noisy(task.train), val=noisy(task.val))
@@ -227,7 +227,7 @@ def stream(setup: Setup) -> TaskSequenceDataModule:
 
 
 def fit(setup: Setup, folder: Path, last: int | None) -> None:
-    """Trains, or goes on training, and saves what came out; ``last`` is the moment of the kill."""
+    """Train, or resume, and save the results; ``last`` is the moment of the kill."""
     warnings.simplefilter("ignore")
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -263,10 +263,10 @@ def fit(setup: Setup, folder: Path, last: int | None) -> None:
 
 @contextmanager
 def _watched_files(moments: Moments, folder: Path, across: bool) -> Iterator[None]:
-    """Counts the files that are written in the folders of checkpoints and of temporary files."""
+    """Count file operations in the folders of checkpoints and of temporary files."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
-    # Lightning's checkpoints are written there, and then moved to where they belong.
+    # Lightning writes a checkpoint to a temporary file and then moves it.
     tempfile.tempdir = str(temporary)
     places = (str(temporary), str(folder / "checkpoints"))
     kinds = {"os.rename": "file renamed", "os.remove": "file removed"}
@@ -288,7 +288,7 @@ def _watched_files(moments: Moments, folder: Path, across: bool) -> Iterator[Non
     LocalFileOpener.write = write
     if across:
         _move_by_copying(moments)
-    sys.addaudithook(audit)  # for as long as the process lives
+    sys.addaudithook(audit)  # it cannot be removed
     yield
     watching = False
 
@@ -303,7 +303,7 @@ def _write_halves(file: Any, data: bytes, between: Callable[[], None]) -> int:
 
 
 def _move_by_copying(moments: Moments) -> None:
-    """Has files moved as between devices: they cannot be renamed, and are copied."""
+    """Make files move as between devices, where they cannot be renamed and are copied."""
 
     def rename(source: str, target: str) -> None:
         moments("file renamed")

@@ -1,4 +1,4 @@
-"""Kills fits at counted moments, resumes them, and tells what differs from the fit that was not killed.
+"""Kill fits at counted moments, resume them, and compare the results with those of the unbroken fit.
 
 ``python -m tests.faults.run --kills 40`` prints a table.
 """
@@ -32,27 +32,27 @@ SETUPS = (
     Setup("diagonal", saves="batch", heads=False, prior="auto", plateau=True),
     Setup("kronecker", saves="batch", heads=True, prior=1e-4),
 )
-# About two epochs and the boundary between them.
+# The number of moments in about two epochs and the boundary between them.
 SOON = 60
 
 
 @dataclass
 class Kill:
-    """A kill, and what came of it.
+    """A kill and its outcome.
 
     Attributes:
-        number: Its place in the plan.
-        setup: The place of its setup in ``SETUPS``.
-        kind: What was happening.
-        moment: When, as the number of things that had happened before.
-        where: The step that was being taken, or had been last.
-        again: The moment at which the resumed fit is killed, too, counted from where it was resumed.
-        killed: The boundaries that were crossed before the last kill.
-        resumed: Those after it. One may have been crossed twice, if no checkpoint held it yet.
-        crossed: Those behind the final state: each one once.
-        differs: What is not bit for bit that of the unbroken fit.
-        first: Where the resumed fit first left the way of the unbroken one.
-        error: What kept the fit from being killed, or from being resumed.
+        number: Its number in the plan.
+        setup: The index of its setup in ``SETUPS``.
+        kind: The kind of the moment.
+        moment: The number of moments before it; None for no kill.
+        where: The current step, or the last one.
+        again: The moment at which the resumed fit is killed, too, counted from the resumption.
+        killed: The boundaries crossed before the last kill.
+        resumed: The boundaries crossed after it. One may be crossed twice, if no checkpoint had it yet.
+        crossed: The boundaries that the final state contains; each should occur once.
+        differs: The results that are not bit for bit those of the unbroken fit.
+        first: The first step or boundary at which the resumed fit differs from the unbroken one.
+        error: Why the fit could not be killed or resumed.
     """
 
     number: int
@@ -70,18 +70,18 @@ class Kill:
 
     @property
     def good(self) -> bool:
-        """Whether nothing tells the resumed fit from the unbroken one."""
+        """Whether the resumed fit equals the unbroken one."""
         return not self.differs and not self.error and self.crossed == list(range(TASKS))
 
 
 def main() -> None:
-    """Kills, resumes, compares, and prints."""
+    """Kill, resume, compare, and print the outcomes."""
     given = _arguments()
     torch.set_num_threads(1)
     setups = [replace(setup, noise=not given.steady, across=given.across_devices) for setup in SETUPS]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary) / "runs").resolve()
-        folder.mkdir()  # a checkpoint that lay there would be taken for one's own
+        folder.mkdir()  # fails if it exists: a fit would resume from an old checkpoint in it
         wholes = [folder / f"setup-{index}" for index in range(len(setups))]
         moments = [unbroken(*pair)["moments"] for pair in zip(setups, wholes, strict=True)]
         kills = plan(moments, given.kills, given.seed, given.twice)
@@ -100,24 +100,27 @@ def main() -> None:
     if given.json:
         json.dump([{"row": row(kill), "good": kill.good, **asdict(kill)} for kill in kills], sys.stdout)
     else:
-        sys.stdout.write(f"{good} of {len(kills)} ended as the fit that was not killed\n")
+        sys.stdout.write(f"{good} of {len(kills)} ended like the unbroken fit\n")
 
 
 def unbroken(setup: Setup, folder: Path) -> dict[str, Any]:
-    """What a fit that is not killed comes to."""
+    """Run a fit without a kill, and return its results."""
     if code := forked(folder, partial(fit, setup, folder, None)):
         raise RuntimeError(f"The unbroken fit ended with {code}: {_tail(folder)}")
     return torch.load(folder / "result.pt")
 
 
 def plan(moments: list[list[tuple[str, str]]], kills: int, seed: int, twice: bool) -> list[Kill]:
-    """Draws moments to kill at, of all kinds and in all setups alike.
+    """Draw the moments of the kills, evenly over all kinds and setups.
 
     Args:
-        moments: Kind and place of every moment, for each setup.
-        kills: How many.
-        seed: Of the draw.
-        twice: Whether the resumed fits are killed as well, soon after.
+        moments: The kind and step of every moment, for each setup.
+        kills: The number of kills.
+        seed: The seed of the draw.
+        twice: Whether the resumed fits are killed, too, soon after the resumption.
+
+    Returns:
+        The kills, without their outcomes.
     """
     draw, draw_again = random.Random(seed), random.Random(seed + 1)
     there = {kind for seen in moments for kind, _ in seen}
@@ -129,7 +132,7 @@ def plan(moments: list[list[tuple[str, str]]], kills: int, seed: int, twice: boo
         taken = {kill.moment for kill in drawn if kill.setup == setup}
         free = [moment for moment in range(len(moments[setup])) if moment not in taken]
         alike = [moment for moment in free if moments[setup][moment][0] == kinds[kind]]
-        moment = draw.choice(alike or free)  # some kinds are rare
+        moment = draw.choice(alike or free)  # a setup may have no free moment of a rare kind
         again = draw_again.randrange(SOON) if twice else None
         kind_there, where = moments[setup][moment]
         drawn.append(Kill(number, setup, kind_there, moment, where, again))
@@ -137,12 +140,12 @@ def plan(moments: list[list[tuple[str, str]]], kills: int, seed: int, twice: boo
 
 
 def carry_out(kill: Kill, setup: Setup, whole: Path, folder: Path) -> None:
-    """Kills a fit, resumes it, and takes down how it compares with the whole one."""
+    """Kill a fit, resume it, and note how it compares with the unbroken one in ``whole``."""
     for moment, in_time in ((kill.moment, True), (kill.again, False)):
         if moment is None:
             continue
         code = forked(folder, partial(fit, setup, folder, moment))
-        if code != -signal.SIGKILL and (code or in_time):  # the second kill may come too late
+        if code != -signal.SIGKILL and (code or in_time):  # the second kill may be after the end
             kill.error = f"ended with {code} before it was killed: {_tail(folder)}"
             return
         kill.killed += _boundaries(folder / "record.txt")
@@ -153,7 +156,7 @@ def carry_out(kill: Kill, setup: Setup, whole: Path, folder: Path) -> None:
     kill.first = first_difference(_lines(whole / "record.txt"), resumed)
     if code:
         kill.error = f"ended with {code} after it was resumed: {_tail(folder)}"
-        kill.first = kill.first or f"It came as far as {resumed[-1] if resumed else 'nothing'}"
+        kill.first = kill.first or f"It got to {resumed[-1] if resumed else 'no step'}"
         return
     result = torch.load(folder / "result.pt")
     kill.crossed = result["crossed"]
@@ -161,7 +164,7 @@ def carry_out(kill: Kill, setup: Setup, whole: Path, folder: Path) -> None:
 
 
 def forked(folder: Path, work: Callable[[], None]) -> int:
-    """Does work in a process of its own, all imports done; its exit code, or minus its signal."""
+    """Do the work in a forked process, with all imports done; return the exit code, or minus the signal."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     child = os.fork()
@@ -183,7 +186,7 @@ def forked(folder: Path, work: Callable[[], None]) -> int:
 
 
 def differences(whole: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
-    """The tensors that are not the same bit for bit, those that tell most first."""
+    """Return the tensors that differ in any bit, weights first."""
     found = []
     for part in ("weights", "bits", "precision", "R"):
         if whole[part].keys() != resumed[part].keys():
@@ -200,7 +203,7 @@ def differences(whole: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
 
 
 def first_difference(whole: list[str], resumed: list[str]) -> str:
-    """The first step or boundary that the resumed fit does not share with the whole one."""
+    """Return the first step or boundary of the resumed fit that differs from the unbroken one."""
     known, steps = set(whole), {line.partition(":")[0]: line for line in whole}
     for line in resumed:
         step = line.partition(":")[0]
@@ -210,7 +213,7 @@ def first_difference(whole: list[str], resumed: list[str]) -> str:
 
 
 def row(kill: Kill) -> str:
-    """A line of the table, and one more that tells where things went wrong, if they did."""
+    """Return a line of the table, followed by the first difference, if there is one."""
     outcome = kill.error or (f"{len(kill.differs)} differ, {kill.differs[0]}" if kill.differs else "equal")
     if not kill.error and kill.crossed != list(range(TASKS)):
         outcome += f"; boundaries {kill.crossed}"
@@ -229,24 +232,26 @@ def _lines(path: Path) -> list[str]:
 
 
 def _tail(folder: Path) -> str:
-    return (_lines(folder / "log.txt") or ["no word"])[-1]
+    return (_lines(folder / "log.txt") or ["empty log"])[-1]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=__doc__)
-    parser.add_argument("--kills", type=int, default=40, help="how many fits are killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of moments")
+    parser.add_argument("--kills", type=int, default=40, help="the number of fits to kill")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the draw of moments")
     parser.add_argument(
         "--only", type=int, nargs="*", help="the numbers of the kills to carry out; all by default"
     )
     parser.add_argument("--twice", action="store_true", help="kill each fit again, soon after it was resumed")
     parser.add_argument("--control", action="store_true", help="also compare unbroken fits with each other")
-    parser.add_argument("--steady", action="store_true", help="no dropout, and no noise on the data")
+    parser.add_argument("--steady", action="store_true", help="without dropout and noise on the data")
     parser.add_argument(
-        "--across-devices", action="store_true", help="as where temporary files are on another device"
+        "--across-devices",
+        action="store_true",
+        help="move files as between two devices",
     )
     parser.add_argument("--folder", type=Path, help="keep everything in this new folder")
-    parser.add_argument("--json", action="store_true", help="print the outcomes for programs")
+    parser.add_argument("--json", action="store_true", help="print the outcomes as JSON")
     return parser.parse_args()
 
 

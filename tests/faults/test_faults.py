@@ -1,4 +1,4 @@
-"""What goes wrong in real runs: bad numbers, data that cannot be read, too little memory, a full disk."""
+"""Faults of real runs: bad numbers, data that cannot be read, too little memory, a full disk."""
 
 import errno
 import math
@@ -18,7 +18,7 @@ from tests.helpers.networks import QUIET, Net, blobs, pairs
 
 
 class Flawed(Dataset):
-    """Points of which those read after so many are flawed, or cannot be read."""
+    """Points that are flawed, or cannot be read, after the first ``good`` reads."""
 
     def __init__(self, good, flaw):
         self.points, self.left, self.flaw = blobs(40), good, flaw
@@ -37,7 +37,7 @@ class Flawed(Dataset):
 
 
 class Moments(pl.Callback):
-    """Remembers weights and frozen state after every step and boundary."""
+    """Keeps the weights and the frozen state after every step and boundary."""
 
     def __init__(self, blip):
         self.blip = blip
@@ -51,7 +51,7 @@ class Moments(pl.Callback):
 
 
 def fit_flawed(good, flaw, error, message):
-    """Two tasks, the second flawed: what is there after the error is what was there before."""
+    """Learn two tasks, the second flawed, and assert that the error changed nothing that is frozen."""
     blip, module = BLIP(prior=1e-4, average=False), Net()
     moments = Moments(blip)
     tasks = TaskSequenceDataModule(
@@ -65,7 +65,7 @@ def fit_flawed(good, flaw, error, message):
 
 
 @pytest.mark.parametrize("flaw", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_it_moves_anything(flaw):
+def test_a_loss_that_is_not_finite_stops_the_fit_before_weights_move(flaw):
     _, module, moments = fit_flawed(
         24, flaw, FloatingPointError, r"Task 'flawed': the loss is nan, batch 3 of"
     )
@@ -74,17 +74,17 @@ def test_a_loss_that_is_not_finite_stops_before_it_moves_anything(flaw):
     assert all(theta.isfinite().all() for theta in module.parameters())
 
 
-def test_a_loader_that_raises_in_the_midst_of_an_estimate_changes_nothing():
+def test_a_loader_that_fails_while_information_is_measured_changes_nothing():
     message = "Task 'flawed' was not consolidated, and what is frozen stays as it was: no such file"
     error, module, moments = fit_flawed(60, OSError("no such file"), RuntimeError, message)
     assert isinstance(error.__cause__, OSError)
-    # A pull that was due is made up for at a boundary, no more: no bit moves.
+    # Only the pull that was due at the boundary moved weights; no frozen bit changed.
     for theta, before in zip(module.parameters(), moments.weights, strict=True):
         torch.testing.assert_close(theta.detach(), before, rtol=0, atol=0.05)
 
 
 class Greedy(nn.Module):
-    """Takes more memory than there is where a batch is larger than it was told."""
+    """Runs out of memory for batches larger than ``most``."""
 
     def __init__(self, most):
         super().__init__()
@@ -96,7 +96,7 @@ class Greedy(nn.Module):
         return self.layer(x)
 
 
-def test_too_little_memory_is_met_once_by_smaller_parts():
+def test_too_little_memory_is_answered_once_with_smaller_parts():
     loader = DataLoader(blobs(), batch_size=30)
     plain, small = Greedy(30), Greedy(8)
     small.load_state_dict(plain.state_dict())
@@ -111,7 +111,7 @@ def test_too_little_memory_is_met_once_by_smaller_parts():
         BLIP().consolidate(Greedy(7), loader)
 
 
-def test_other_errors_are_no_lack_of_memory():
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
     class Broken(nn.Linear):
         def forward(self, x):
             raise RuntimeError("a bug")
@@ -125,7 +125,7 @@ def no_room(*_, **__):
 
 
 def full_at(name, monkeypatch):
-    """No file of that name can be opened."""
+    """Make files of that name fail to open."""
     opened = Path.open
 
     def full(self, *arguments, **options):
@@ -137,9 +137,9 @@ def full_at(name, monkeypatch):
 @pytest.mark.parametrize(
     ("what", "task"), [("forgetting.csv", "4-5"), ("forgetting.json.tmp", "0-1"), ("picture", "0-1")]
 )
-def test_a_full_disk_costs_the_report_not_the_fit(tmp_path, monkeypatch, what, task):
+def test_a_full_disk_loses_the_report_but_not_the_fit(tmp_path, monkeypatch, what, task):
     blip, curves, module = BLIP(), ForgettingCurves(), Net()
-    if what == "picture":  # that a logger is shown
+    if what == "picture":  # the one for loggers
         monkeypatch.setattr(figures, "matrix_picture", no_room)
     else:
         full_at(what, monkeypatch)

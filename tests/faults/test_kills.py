@@ -1,4 +1,4 @@
-"""A fit that is killed anywhere, and resumed, ends bit for bit as the one that was not killed."""
+"""A fit that is killed at any moment and resumed ends bit for bit like the unbroken fit."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 def carried_out(*arguments):
-    # In a process of its own: it forks, which a process with a test run's threads must not do.
+    # The script forks, which the process of the tests must not do, because it has threads.
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.run", "--json", *arguments],
         cwd=Path(__file__).parents[2],
@@ -23,19 +23,19 @@ def carried_out(*arguments):
 def check(kills, number):
     assert len(kills) == number
     bad = [kill["row"] for kill in kills if not kill["good"]]
-    assert not bad, "\n".join([f"{len(bad)} of {number} kills left something else behind:", *bad])
+    assert not bad, "\n".join([f"{len(bad)} of {number} kills changed the results:", *bad])
 
 
 def test_a_few_kills_of_different_kinds_change_nothing():
-    # With this seed in four setups, and at places whose checkpoints differ in what is hard about them: within
-    # a task, in its first epoch's, at a boundary, and at the validation before one.
+    # With this seed the kills are in four setups, and resume from different checkpoints: within a task, in its
+    # first epoch, at a boundary, and at the validation before a boundary.
     kills = carried_out("--kills=4", "--seed=10")
     assert len({kill["kind"] for kill in kills}) == 4
     check(kills, 4)
 
 
 @pytest.mark.nightly
-def test_fits_that_are_not_killed_are_alike():
+def test_unbroken_fits_are_equal():
     check(carried_out("--kills=0", "--control"), 4)
 
 

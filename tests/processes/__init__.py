@@ -1,1 +1,1 @@
-"""Several processes at once."""
+"""Fits in several processes."""

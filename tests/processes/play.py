@@ -1,4 +1,4 @@
-"""Learns two small environments in two processes, whole and in two parts, and saves what each has."""
+"""Learn two small environments in two processes, unbroken and resumed, and save each process's results."""
 
 import sys
 from functools import partial
@@ -14,12 +14,12 @@ from lightning_blip import BLIP, EnvSequence, ForgettingCurves
 from tests.helpers.environments import Counting
 from tests.helpers.networks import QUIET
 
-# Of 96: within the batches of an epoch's second rollout, in the second task.
+# Step 59 of 96 is in the second task, among the batches of an epoch's second rollout.
 SAVED = 59
 
 
 class Noting(PPO):
-    """Keeps its first rollout."""
+    """An agent that keeps its first rollout."""
 
     first = None
 
@@ -29,7 +29,7 @@ class Noting(PPO):
 
 
 def learn(folder: Path, max_steps: int = -1, ckpt_path: str | None = None) -> tuple[dict, str]:
-    """What this process has at the end, and where the checkpoint is that was saved on the way."""
+    """Return this process's results, and the path of the checkpoint that was saved within the fit."""
     pl.seed_everything(0, verbose=False)
     tasks = EnvSequence(
         [Counting, partial(Counting, 7)], steps_per_task=192, num_envs=2, rollout_steps=16,
@@ -44,7 +44,7 @@ def learn(folder: Path, max_steps: int = -1, ckpt_path: str | None = None) -> tu
         num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=tasks, ckpt_path=ckpt_path)
-    has = {
+    results = {
         "weights": dict(module.state_dict()),
         "bits": blip.bits(),
         "precision": blip.precision(),
@@ -53,7 +53,7 @@ def learn(folder: Path, max_steps: int = -1, ckpt_path: str | None = None) -> tu
         "first": module.first and module.first.observations,
         "steps": trainer.global_step,
     }
-    return has, saves.best_model_path
+    return results, saves.best_model_path
 
 
 if __name__ == "__main__":

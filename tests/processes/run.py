@@ -1,4 +1,4 @@
-"""Learns a small stream in one process or in several, and saves what each of them comes to."""
+"""Learn a small stream in one or more processes, and save the results of each process."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ TASKS = 3
 
 
 class Save(pl.Callback):
-    """Saves what this process has at the end, and what it was given."""
+    """Saves this process's results at the end of the fit, and the samples that it trained on."""
 
     def __init__(self, folder: Path, blip: BLIP, curves: ForgettingCurves) -> None:
         self.folder, self.blip, self.curves = folder, blip, curves
@@ -37,14 +37,14 @@ class Save(pl.Callback):
 
 
 class Synced(Net):
-    """Logs what all processes have seen."""
+    """A module that logs the mean over all processes."""
 
     def log(self, *arguments, **options):
         super().log(*arguments, **{**options, "sync_dist": True})
 
 
 def learn(folder: Path, processes: int, heads: bool, norm: bool, **options) -> None:
-    """Learns the stream, the samples of a step divided among the processes."""
+    """Learn the stream, with the samples of each step divided among the processes."""
     pl.seed_everything(0, verbose=False)
     tasks = TaskSequenceDataModule.split_classes(
         blobs(192), blobs(192, seed=1), classes_per_task=2, epochs_per_task=3, batch_size=16 // processes

@@ -1,4 +1,4 @@
-"""Two processes on gloo: each sees a part of the samples, and both come to what one with all would."""
+"""Two processes with gloo: each sees a part of the samples, and both learn what one process would."""
 
 import os
 import subprocess
@@ -12,10 +12,10 @@ from lightning_blip.trainer import processes
 
 
 def start(module, *arguments):
-    """Runs a script that starts the other processes."""
+    """Run a script that starts the other process itself."""
     script = [sys.executable, "-m", f"tests.processes.{module}", *map(str, arguments)]
     environment = {**os.environ, "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
-    environment.pop("LOCAL_RANK", None)  # which a test before may have left: the other would not be started
+    environment.pop("LOCAL_RANK", None)  # left by an earlier test, it would keep the other from starting
     done = subprocess.run(
         script, capture_output=True, text=True, env=environment, timeout=300, cwd=Path(__file__).parents[2]
     )
@@ -23,7 +23,7 @@ def start(module, *arguments):
 
 
 def learn(folder, count, *arguments):
-    """What each of so many processes has at the end of a small stream."""
+    """Return the results of each of ``count`` processes after a small stream."""
     start("run", folder, count, *arguments)
     return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
 
@@ -42,7 +42,7 @@ def test_two_processes_freeze_the_same_bits_as_each_other_and_as_one(tmp_path, b
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part]), part
     assert first["chosen"] == second["chosen"]
     assert not torch.equal(first["samples"], second["samples"])
-    if norm == "norm":  # its statistics are those of a part of a batch: another network than in one process
+    if norm == "norm":  # each process normalises by its part of a batch, unlike one process
         return
     (alone,) = learn(tmp_path, 1, basis, heads, norm, strengths)
     together = torch.cat([first["samples"], second["samples"]])
@@ -50,18 +50,17 @@ def test_two_processes_freeze_the_same_bits_as_each_other_and_as_one(tmp_path, b
     for name, bits in alone["bits"].items():
         assert torch.equal(first["bits"][name], bits), name
         torch.testing.assert_close(first["precision"][name], alone["precision"][name], rtol=1e-3, atol=0)
-    # In the Kronecker basis the last digit of sums decides how the directions lie that no sample told about,
-    # and so the walls across them.
+    # In the Kronecker basis rounding decides on the eigenvectors without information, and so on their walls.
     if basis == "diagonal":
         for name, theta in alone["weights"].items():
             torch.testing.assert_close(first["weights"][name], theta, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(first["matrix"], alone["matrix"], equal_nan=True)
 
 
-def test_two_processes_play_environments_of_their_own_and_learn_the_same(tmp_path):
+def test_two_processes_play_different_environments_and_learn_the_same(tmp_path):
     start("play", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    noise = [has["whole"]["first"][..., 2] for has in (first, second)]
+    noise = [results["whole"]["first"][..., 2] for results in (first, second)]
     assert noise[0].unique().numel() == noise[1].unique().numel() == noise[0].numel()
     assert not set(noise[0].flatten().tolist()) & set(noise[1].flatten().tolist())
     assert first["whole"]["steps"] == first["resumed"]["steps"] == 96
@@ -76,7 +75,7 @@ def test_two_processes_play_environments_of_their_own_and_learn_the_same(tmp_pat
         assert first["whole"]["chosen"] == other["chosen"]
 
 
-def test_alone_nothing_is_exchanged():
+def test_a_single_process_exchanges_nothing():
     value = torch.tensor([1.0])
     assert processes.average(value) is value
     processes.share_buffers(torch.nn.BatchNorm1d(1))

@@ -79,6 +79,11 @@ def test_the_active_head_is_not_part_of_the_state_dict():
     assert restored.active == 0
 
 
+def test_train_returns_the_module_as_in_torch():
+    heads = TaskHeads(4, classes=[2, 2])
+    assert heads.train() is heads
+
+
 @pytest.mark.parametrize("classes", [[], [2, 0], [-1]])
 def test_tasks_without_classes_are_refused(classes):
     with pytest.raises(ValueError, match=re.escape(f"classes={classes} must hold one number for each task")):

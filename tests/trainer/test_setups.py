@@ -1,4 +1,4 @@
-"""Every set-up of a Trainer that users have: each trains a small stream, compared with the plain run."""
+"""Common set-ups of a Trainer: each trains a small stream and is compared with the plain run."""
 
 from types import SimpleNamespace
 
@@ -26,14 +26,14 @@ TASKS = 3
 
 
 def stream(batch_size=8, **options):
-    """Three permutations of 32 points, four batches an epoch."""
+    """Return three permutations of 32 points, with four batches per epoch."""
     points, others = blobs(32), blobs(32, seed=1)
     options = {"epochs_per_task": 2, "batch_size": batch_size, **options}
     return TaskSequenceDataModule.permute_inputs(points, others, tasks=TASKS, **options)
 
 
 def learn(module=Net, basis="diagonal", tasks=None, callbacks=(), package=pytorch_lightning, **options):
-    """What a fit comes to."""
+    """Learn the stream, and return the weights, bits and curves."""
     torch.manual_seed(0)
     module = module()
     blip, curves = BLIP(basis=basis, pull=3.0, damping=0.2, every=3, samples=64), ForgettingCurves()
@@ -49,14 +49,14 @@ def learn(module=Net, basis="diagonal", tasks=None, callbacks=(), package=pytorc
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The plain run, in either basis."""
+    """Return the plain run in each basis."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("plain"))
         return {basis: learn(basis=basis) for basis in ("diagonal", "kronecker")}
 
 
 def assert_same(run, plain, exactly=True):
-    """The same weights, bits and scores; or up to the order of sums, which may turn a bit here and there."""
+    """Assert that two runs are equal, exactly or up to the order of sums, which may change a few bits."""
     for (name, theta), other in zip(plain.weights.items(), run.weights.values(), strict=True):
         torch.testing.assert_close(
             other, theta, **({"rtol": 0, "atol": 0} if exactly else TOLERANCE), msg=name
@@ -70,7 +70,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def net_of(package):
-    """A module as the users of a package write it."""
+    """Return a module class that is written for one of the packages."""
 
     class Small(package.LightningModule):
         def __init__(self):
@@ -95,12 +95,12 @@ def net_of(package):
     return Small
 
 
-def test_the_package_called_lightning_as_well():
+def test_both_packages_learn_the_same():
     runs = [learn(net_of(package), package=package) for package in (pytorch_lightning, lightning.pytorch)]
     assert_same(*runs)
 
 
-def test_the_other_package_without_forward_is_refused_as_well():
+def test_a_module_of_the_other_package_without_forward_is_refused():
     class Mute(net_of(lightning.pytorch)):
         forward = lightning.pytorch.LightningModule.forward
 
@@ -108,7 +108,7 @@ def test_the_other_package_without_forward_is_refused_as_well():
         learn(Mute, package=lightning.pytorch)
 
 
-def test_lightning_resumes_from_a_checkpoint(tmp_path):
+def test_the_other_package_resumes_from_a_checkpoint(tmp_path):
     package = lightning.pytorch
     whole = learn(net_of(package), package=package)
     saving = package.callbacks.ModelCheckpoint(tmp_path, save_last=True)
@@ -122,13 +122,13 @@ def test_lightning_resumes_from_a_checkpoint(tmp_path):
 
 
 @BASES
-def test_gradients_accumulated_over_two_batches(basis, plain):
+def test_accumulating_gradients_over_two_batches_equals_a_batch_of_twice_the_size(basis, plain):
     run = learn(basis=basis, tasks=stream(batch_size=4), accumulate_grad_batches=2)
     assert_same(run, plain[basis], exactly=False)
 
 
 @BASES
-def test_gradients_clipped(basis, plain):
+def test_clipping_gradients_changes_the_weights_only_if_they_are_clipped(basis, plain):
     assert_same(learn(basis=basis, gradient_clip_val=1e6), plain[basis])
     clipped = learn(basis=basis, gradient_clip_val=0.01)
     assert not torch.equal(clipped.weights["head.weight"], plain[basis].weights["head.weight"])
@@ -142,7 +142,7 @@ def test_mixed_precision_keeps_master_weights(basis, plain):
 
 
 class ByHand(Net):
-    """Manual optimization, an optimizer for each part."""
+    """Manual optimization with one optimizer for each part."""
 
     def __init__(self):
         super().__init__()
@@ -159,40 +159,40 @@ class ByHand(Net):
 
 
 class Groups(Net):
-    """A group for each part."""
+    """One parameter group for each part."""
 
     def configure_optimizers(self):
         return self.make_optimizer([{"params": part.parameters()} for part in (self.body, self.head)])
 
 
 class Compiled(Net):
-    """A body that torch.compile has made over."""
+    """A module with a compiled body."""
 
     def __init__(self):
         super().__init__()
         self.body = torch.compile(self.body)
 
 
-class Unlooked(Net):
-    """What Lightning logs by cannot be compiled: torch.compile has to step over it."""
+class LogsUncompiled(Net):
+    """A module that can be compiled: ``log`` of Lightning cannot be, so torch.compile skips it."""
 
     log = torch.compiler.disable(Net.log)
 
 
 @BASES
 @pytest.mark.parametrize("module", [ByHand, Groups])
-def test_other_ways_to_the_same_steps(module, basis, plain):
+def test_manual_optimization_and_parameter_groups_take_the_same_steps(module, basis, plain):
     assert_same(learn(module, basis), plain[basis])
 
 
 @BASES
-def test_compiled_parts_and_a_compiled_module(basis, plain):
+def test_compiled_parts_and_a_compiled_module_learn_the_same(basis, plain):
     assert_same(learn(Compiled, basis), plain[basis], exactly=False)
-    assert_same(learn(lambda: torch.compile(Unlooked()), basis), plain[basis], exactly=False)
+    assert_same(learn(lambda: torch.compile(LogsUncompiled()), basis), plain[basis], exactly=False)
 
 
 def rates(scheduler, **config):
-    """The learning rates of each task's steps."""
+    """Return the learning rates of the steps of each task."""
 
     class Scheduled(Net):
         def __init__(self):
@@ -209,41 +209,42 @@ def rates(scheduler, **config):
             self.rates[self.trainer.datamodule.task.index].append(rate)
             return super().training_step(batch, batch_idx)
 
-    # A task of its own length: what ends with the task has to know it.
+    # The second task is longer: a schedule that ends with the task must know it.
     return learn(Scheduled, tasks=stream(epochs_per_task=[2, 3, 2])).module.rates
 
 
 @pytest.mark.parametrize(
-    ("make", "config"),
+    ("make", "interval"),
     [
-        (lambda optimizer, _: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), {"interval": "epoch"}),
-        (lambda optimizer, _: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), {"interval": "step"}),
-        (
-            lambda optimizer, trainer: torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=0.1, total_steps=trainer.estimated_stepping_batches
-            ),
-            {"interval": "step"},
-        ),
+        (lambda optimizer, _: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "epoch"),
+        (lambda optimizer, _: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "step"),
     ],
 )
-def test_schedules_begin_anew_with_each_task(make, config):
-    first, second, third = rates(make, **config)
+def test_schedules_restart_with_each_task(make, interval):
+    first, second, third = rates(make, interval=interval)
     assert len(set(first)) > 1
     assert (len(first), len(second)) == (8, 12)
+    assert third == second[:8] == first
+
+
+def test_planned_schedules_end_with_each_task():
+    def one_cycle(optimizer, trainer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, trainer.estimated_stepping_batches)
+
+    first, second, third = rates(one_cycle, interval="step")
+    assert (len(first), len(second)) == (8, 12)
     assert third == first
-    if make.__code__.co_varnames[1] == "trainer":  # the end of a cycle is that of the task
-        assert all(task[-1] < 0.01 * max(task) for task in (first, second, third))
-    else:
-        assert second[:8] == first
+    assert all(task[-1] < 0.01 * max(task) for task in (first, second, third))
 
 
-def test_a_schedule_on_plateau_watches_the_current_task():
+def test_a_plateau_schedule_monitors_the_current_task():
     def plateau(optimizer, trainer):
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0, threshold=2.0)
 
-    halves = rates(plateau, monitor="val_acc")
-    assert all(task[0] == 0.1 for task in halves)
-    assert all(task[-1] < 0.1 for task in halves[1:2])
+    # No epoch improves enough: the rate falls after a task's second epoch, and only the second has a third.
+    first, second, third = rates(plateau, monitor="val_acc")
+    assert first == third == [0.1] * 8
+    assert second == pytest.approx([0.1] * 8 + [0.01] * 4)
 
 
 def test_the_best_weights_of_each_task_are_saved(tmp_path):
@@ -251,7 +252,7 @@ def test_the_best_weights_of_each_task_are_saved(tmp_path):
 
     class Scores(pl.Callback):
         def on_validation_end(self, trainer, pl_module):
-            if not trainer.sanity_checking:  # at a boundary the score counts that the frozen network has
+            if not trainer.sanity_checking:  # at a boundary the frozen network's score replaces the first
                 task, score = trainer.datamodule.task.index, float(trainer.callback_metrics["val_acc"])
                 seen[task, trainer.global_step] = score
 
@@ -286,14 +287,14 @@ def test_sharded_parameters_are_refused():
         learn(strategy=ModelParallelStrategy(1, 1))
 
 
-def test_what_watches_a_fit_sees_it_whole(tmp_path, plain):
+def test_monitors_and_progress_bars_do_not_change_the_fit(tmp_path, plain):
     watchers = [LearningRateMonitor(), RichProgressBar()]
     run = learn(callbacks=watchers, logger=CSVLogger(tmp_path), enable_progress_bar=True, log_every_n_steps=1)
     assert_same(run, plain["diagonal"])
     assert {name: set(rates) for name, rates in watchers[0].lrs.items()} == {"lr-SGD": {0.1}}
 
 
-def test_a_module_that_is_a_data_module_of_ones_own_is_told_what_to_do():
+def test_a_data_module_without_tasks_warns_or_is_refused_with_what_to_do():
     class Own(pl.LightningDataModule):
         def train_dataloader(self):
             return DataLoader(blobs(), batch_size=8)
@@ -308,7 +309,7 @@ def test_a_module_that_is_a_data_module_of_ones_own_is_told_what_to_do():
 
 @pytest.mark.parametrize("package", [pytorch_lightning, lightning.pytorch])
 @pytest.mark.parametrize("same_trainer", [True, False])
-def test_after_a_fit_every_task_is_evaluated_with_its_own_head_and_statistics(package, same_trainer):
+def test_every_task_is_evaluated_with_its_own_head_and_statistics_after_a_fit(package, same_trainer):
     class Normed(net_of(package)):
         def __init__(self):
             super().__init__()
@@ -333,6 +334,6 @@ def test_after_a_fit_every_task_is_evaluated_with_its_own_head_and_statistics(pa
     assert [float(torch.cat(task).mean()) for task in predicted] == pytest.approx(run.curves[-1].tolist())
     assert run.module.head.active == TASKS - 1
     assert torch.equal(run.module.body[1].running_mean, statistics)
-    # Loaders that are nobody's task are evaluated with the current head.
+    # Loaders that belong to no task are evaluated with the current head.
     trainer.test(run.module, dataloaders=[DataLoader(blobs(), batch_size=8)] * 2, verbose=False)
     assert run.module.head.active == TASKS - 1
