@@ -330,6 +330,8 @@ def _seed(key: tuple[int, ...]) -> int:
 
 
 def _tasks(environments: Sequence[Any], names: Sequence[str] | None) -> list[EnvTask]:
+    if not environments:
+        raise ValueError("environments=[] is no sequence: give at least one environment")
     if names is None:
         names = [one if isinstance(one, str) else getattr(one, "__name__", repr(one)) for one in environments]
     if len(names) != len(environments):

@@ -27,8 +27,8 @@ def check(kills, number):
 
 
 def test_a_few_kills_of_different_kinds_change_nothing():
-    # With this seed the kills are in four setups, and resume from different checkpoints: within a task, in its
-    # first epoch, at a boundary, and at the validation before a boundary.
+    # With this seed the kills are in four setups, and the fits resume from different checkpoints: within a
+    # task, in its first epoch, at a boundary, and at the validation before a boundary.
     kills = carried_out("--kills=4", "--seed=10")
     assert len({kill["kind"] for kill in kills}) == 4
     check(kills, 4)

@@ -191,6 +191,27 @@ def test_a_crash_in_the_second_task_loses_no_boundary_and_repeats_none(tmp_path,
     assert tasks.learned == 3
 
 
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_fit_resumed_from_the_validation_of_a_boundary_ends_like_the_unbroken_fit(tmp_path, task):
+    def parts():
+        torch.manual_seed(1)
+        return Net(), pairs(seed=7), {"check_val_every_n_epoch": 9}
+
+    whole, tasks, options = parts()
+    fit((), whole, tasks, **options)
+    module, tasks, options = parts()
+    # Without validations in between, checkpoints are saved at the validations of the boundaries.
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    fit(saves, module, tasks, enable_checkpointing=True, **options)
+    path = tmp_path / f"epoch={2 * task + 1}.ckpt"
+    assert torch.load(path, weights_only=True)["TaskSequenceDataModule"]["crossing"]
+    module, tasks, options = parts()
+    recorder = Recorder()
+    fit(recorder, module, tasks, path, **options)
+    assert recorder.ends == list(range(task + 1, 3))
+    assert same(module.state_dict(), whole.state_dict())
+
+
 def test_a_validation_step_without_dataloader_idx_is_refused_at_the_start():
     class Single(Net):
         def validation_step(self, batch, batch_idx):

@@ -313,7 +313,7 @@ class Bytes(nn.Module):
 def test_an_invalid_argument_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         sequence(**options)
-    with pytest.raises(ValueError, match="is no sequence"):
+    with pytest.raises(ValueError, match=r"environments=\[\] is no sequence"):
         EnvSequence([], steps_per_task=10)
 
 
@@ -323,6 +323,16 @@ def test_a_module_that_cannot_act_is_refused_with_the_methods_it_lacks():
 
     with pytest.raises(ValueError, match="Passive has no act and no targets: define what"):
         _attached(sequence(), Passive()).setup("fit")
+
+
+def test_a_validation_step_without_dataloader_idx_is_refused_at_the_start():
+    class Single(PPO):
+        def validation_step(self, episodes, batch_idx):
+            pass
+
+    module = Single(nn.Linear(3, 8), 8, [2, 2])
+    with pytest.raises(ValueError, match=r"Single\.validation_step .* dataloader_idx=0"):
+        fit((), module)
 
 
 def _attached(tasks, module):
