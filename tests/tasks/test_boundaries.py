@@ -6,6 +6,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_blip import BLIP, TaskBoundaries
+from lightning_blip.tasks.sequence import position
 from tests.helpers.crash import Crash
 from tests.helpers.fitting import fit, same
 from tests.helpers.networks import QUIET, Net, blobs, pairs
@@ -226,6 +227,17 @@ def test_data_modules_without_tasks_are_refused():
         pl.Trainer(**QUIET, callbacks=[TaskBoundaries()], max_epochs=1).fit(
             Net(), torch.utils.data.DataLoader(blobs(), batch_size=8)
         )
+
+
+def test_the_position_grows_evenly_within_each_task():
+    class Positions(pl.Callback):
+        seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(position(trainer))
+
+    fit(Positions(), tasks=pairs(epochs_per_task=[2, 1, 1], batch_size=20))
+    assert Positions.seen == [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0]
 
 
 def test_a_module_without_validation_trains_through_all_tasks():
