@@ -20,8 +20,6 @@ _MOST_NAMED = 12
 _MOST_DECIMALS = 8
 # With more layers, those with the fewest frozen bits share one colour.
 _MOST_LAYERS = 8
-# The number of terminal columns that are kept at either end of a longer name.
-_HALF_A_NAME = 7
 
 
 @dataclass(frozen=True)
@@ -177,6 +175,11 @@ class HeatMap:
 
     x_name = "task scored"
     y_name = "task learned last"
+
+    @property
+    def digits(self) -> int:
+        """The length of the longest number in a cell."""
+        return max((len(cell.text) for cell in self.cells), default=1)
 
 
 @dataclass(frozen=True)
@@ -340,16 +343,21 @@ def bit_histograms(runs: Sequence[Run]) -> list[tuple[Run, dict[str, BarChart]]]
     ]
 
 
-def short(name: str) -> str:
-    """Return a name that fits beside an axis; the middle is left out, since names often differ at the ends.
+def short(name: str, most: int = 14) -> str:
+    """Return a name that has room; of a longer name the middle is left out, since the ends often differ.
+
+    Args:
+        name: Any text.
+        most: The width that there is room for, in columns of a terminal.
 
     Example:
         >>> short("permutation 12"), short("a task with a long name 12")
         ('permutation 12', 'a task…ame 12')
     """
-    if cell_len(name) <= 2 * _HALF_A_NAME:
+    if cell_len(name) <= most:
         return name
-    start, end = set_cell_size(name, _HALF_A_NAME), set_cell_size(name[::-1], _HALF_A_NAME - 1)[::-1]
+    half = most // 2
+    start, end = set_cell_size(name, half), set_cell_size(name[::-1], half - 1)[::-1]
     return f"{start.rstrip()}…{end.lstrip()}"
 
 

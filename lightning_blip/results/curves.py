@@ -35,8 +35,8 @@ class ForgettingCurves(Callback):
     ``forgetting/<metric>/<task>``. At each boundary, after bits were frozen, it also logs
     ``forgetting/average_score``, ``forgetting/backward_transfer`` and ``forgetting/forgetting``; their last
     values stand in the summary of the run. ``forgetting/position`` is the position in the sequence, in tasks:
-    i + e/E after e of the E epochs of task i. Loggers that take charts (Weights & Biases, TensorBoard, MLflow)
-    get them at each boundary, see :func:`lightning_blip.results.loggers.show`.
+    i + e/E after e of the E epochs of task i. Loggers that take charts (Weights & Biases, TensorBoard and
+    MLflow) get them at each boundary, see :func:`lightning_blip.results.loggers.show`.
 
     The callback writes into the Trainer's log folder. At each boundary it writes ``forgetting.json``, a
     :class:`~lightning_blip.results.record.RunRecord`, from which ``lightning-blip report`` makes a page. When
@@ -47,7 +47,7 @@ class ForgettingCurves(Callback):
         log_frozen_state: Whether the fit, when it ends, logs what BLIP has frozen to Weights & Biases as an
             artifact.
         ceilings: For each task the score that counts as 1, such as the score of a network that learned the
-            task alone. Scores are divided by their ceilings before they are logged, recorded or drawn, so that
+            task alone. Scores are divided by their ceilings before they are logged, recorded or drawn. So
             tasks of different scales, such as games, can be compared and averaged. None leaves the scores as
             they are.
 
@@ -206,7 +206,7 @@ class ForgettingCurves(Callback):
         return scores
 
     def _write(self, trainer: pl.Trainer, fit_ended: bool = False) -> None:
-        """Write the record and show it in the loggers, or, when the fit ended, write table and picture too."""
+        """Write the record; show it in the loggers or, after the fit, write the table and the picture."""
         # Lightning broadcasts the folder, so every process must ask for it.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if not self._scores or not trainer.is_global_zero:

@@ -77,13 +77,13 @@ def comparison(records: Mapping[str, RunRecord]) -> Figure:
     _draw_lines(means, charts.mean_scores(runs, scales.unit))
     for axes, run in zip(maps, runs, strict=True):
         _draw_heat_map(axes, charts.score_matrix(run.record, scales))
-        axes.set_title(f"R of {run.name}")
+        axes.set_title(_text(f"R of {run.name}"))
     return figure
 
 
 def _figure(width: float, height: float) -> Figure:
-    # matplotlib's Figure is imported when it is drawn, because that takes long. Unlike pyplot's, a figure made
-    # so does not change the state of the user's own figures.
+    # The import takes long, so it waits for a picture. Unlike a figure of pyplot, this one does not become
+    # the user's current figure.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -114,16 +114,18 @@ def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
     for cell in chart.cells:
         R[cell.learned, cell.task] = cell.value
         if chart.numbers:
-            at = (cell.task, cell.learned)
-            axes.annotate(cell.text, at, ha="center", va="center", fontsize="small", color=cell.ink)
+            axes.annotate(
+                cell.text, (cell.task, cell.learned), ha="center", va="center", color=cell.ink,
+                fontsize=min(9, 320 / (chart.tasks * chart.digits)),  # so that the cell holds it
+            )  # fmt: skip
     image = axes.imshow(
         R, cmap=palette.HEAT, vmin=chart.scale.low, vmax=chart.scale.high, interpolation="nearest"
     )
-    places, names = [index for index, _, _ in chart.names], [short for _, short, _ in chart.names]
+    places, names = [index for index, _, _ in chart.names], [_text(short) for _, short, _ in chart.names]
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
     axes.set(title=chart.title, xlabel=chart.x_name, ylabel=chart.y_name)
-    bar = axes.figure.colorbar(image, ax=axes, label=chart.unit)
+    bar = axes.figure.colorbar(image, ax=axes, label=_text(chart.unit))
     _set_ticks(bar.ax.yaxis, chart.scale)
 
 
@@ -144,7 +146,7 @@ def _draw_bars(axes: Axes, chart: BarChart) -> None:
 def _frame(axes: Axes, chart: LineChart | BarChart) -> None:
     """Draw the axes of a chart and the names of what they show."""
     axes.set(
-        title=chart.title, xlabel=chart.x_name, ylabel=chart.y_name,
+        title=chart.title, xlabel=chart.x_name, ylabel=_text(chart.y_name),
         xlim=(chart.x.low, chart.x.high), ylim=(chart.y.low, chart.y.high),
     )  # fmt: skip
     _set_ticks(axes.xaxis, chart.x)
@@ -165,7 +167,8 @@ def _draw_labels(axes: Axes, labels: Sequence[Label]) -> None:
     ordered = sorted(labels, key=lambda label: -label.y)
     colours = [label.colour.on(axes.get_facecolor()) for label in ordered]
     axes.legend(
-        [Patch(color=colour) for colour in colours], [f"{label.value}  {label.name}" for label in ordered],
+        [Patch(color=colour) for colour in colours],
+        [_text(f"{label.value}  {charts.short(label.name, most=30)}") for label in ordered],
         fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=0.8,
     )  # fmt: skip
 
@@ -176,8 +179,12 @@ def _draw_strip(axes: Axes, chart: LineChart) -> None:
     from matplotlib.colors import ListedColormap, Normalize
 
     lines = chart.lines
+    ends = [_text(charts.short(line.name)) for line in (lines[0], lines[-1])]
     colours = ListedColormap([line.colour.on(axes.get_facecolor()) for line in lines])
     strip = axes.figure.colorbar(ScalarMappable(Normalize(0, len(lines)), colours), ax=axes)
-    strip.set_ticks(
-        [0.5, len(lines) - 0.5], labels=[charts.short(lines[0].name), charts.short(lines[-1].name)]
-    )
+    strip.set_ticks([0.5, len(lines) - 0.5], labels=ends)
+
+
+def _text(name: str) -> str:
+    """Return a name with its dollar signs escaped: matplotlib reads text between two as mathematics."""
+    return name.replace("$", r"\$")

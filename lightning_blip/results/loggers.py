@@ -22,8 +22,8 @@ def show(trainer: pl.Trainer, record: RunRecord) -> None:
     """Send the charts of a record to every logger that takes charts.
 
     Weights & Biases gets ``forgetting/curves`` (one line per task), ``forgetting/matrix`` (R as a picture)
-    and ``forgetting/R`` (R as a table). With BLIP it also gets ``blip/capacity`` (a picture, stacked by layer)
-    and ``blip/bits/<layer>`` (histograms). TensorBoard and MLflow get the pictures.
+    and ``forgetting/R`` (R as a table). With BLIP it also gets ``blip/capacity`` (a picture, stacked by
+    layer) and ``blip/bits/<layer>`` (histograms). TensorBoard and MLflow get the pictures.
 
     Args:
         trainer: The Trainer.

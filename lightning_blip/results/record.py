@@ -24,8 +24,8 @@ class Score:
     Attributes:
         step: The number of optimizer steps that were done.
         epoch: The epoch, counted over all tasks from 0.
-        position: The position in the sequence, in tasks: i + e/E after e of the E epochs of task i. A boundary
-            lies on a whole number, even where a task ended early.
+        position: The position in the sequence, in tasks: i + e/E after e of the E epochs of task i. A
+            boundary lies on a whole number, even where a task ended early.
         learning: The name of the task being learned.
         task: The name of the task that was scored.
         score: The value of the metric.
@@ -160,7 +160,7 @@ class RunRecord:
     """All that was measured while a sequence was learned, in plain values, which a JSON file holds.
 
     Attributes:
-        metric: The name of the metric; higher is better. If scores were divided by ceilings, the name says so.
+        metric: The name of the metric; higher is better. It says so if scores were divided by ceilings.
         tasks: The names of all tasks of the sequence.
         matrix: R, T rows of T: the score on task j after learning task i, NaN where not measured.
         scores: One per validation and task seen by then.
@@ -250,7 +250,7 @@ class RunRecord:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as JSON, so that a reader sees either all of it or the file as it was before.
+    r"""Write a value as JSON, so that a reader sees either all of it or the file as it was before.
 
     Args:
         path: The file.
@@ -261,7 +261,7 @@ def write_json(path: str | Path, value: Any) -> None:
         >>> with TemporaryDirectory() as folder:
         ...     write_json(Path(folder) / "sizes.json", {"sizes": [1, 2]})
         ...     (Path(folder) / "sizes.json").read_text()
-        '{"sizes": [1, 2]}\\n'
+        '{"sizes": [1, 2]}\n'
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.tmp")

@@ -47,8 +47,8 @@ def report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path
     measured = list(dict.fromkeys(record.metric for record in records))
     if len(measured) > 1:
         raise ValueError(
-            f"runs={[str(run) for run in runs]} were scored by different metrics, {measured}: compare runs of "
-            "the same metric"
+            f"runs={[str(run) for run in runs]} were scored by different metrics, {measured}: compare runs "
+            "of the same metric"
         )
     named = [
         Run(name, palette.run_colour(index), record)

@@ -35,7 +35,7 @@ def path(line: Line, x: Axis, y: Axis) -> str:
     Example:
         >>> from lightning_blip.results.charts import Point
         >>> from lightning_blip.results.palette import run_colour
-        >>> points = [Point(0.0, 0.0, ""), Point(1.0, 1.0, ""), Point(2.0, float("nan"), ""), Point(3.0, 1.0, "")]
+        >>> points = [Point(x, y, "") for x, y in [(0, 0), (1, 1), (2, float("nan")), (3, 1)]]
         >>> path(Line("first", run_colour(0), points), Axis(0.0, 4.0, []), Axis(0.0, 1.0, []))
         'M0 100L25 0M75 0'
     """
