@@ -135,7 +135,6 @@ class Cell:
     Attributes:
         learned: The row.
         task: The column.
-        value: The score, in the unit of the heat map.
         fill: The colour of the cell.
         ink: The colour of the number in it.
         text: The number.
@@ -144,7 +143,6 @@ class Cell:
 
     learned: int
     task: int
-    value: float
     fill: str
     ink: str
     text: str
@@ -277,7 +275,7 @@ def score_matrix(record: RunRecord, scales: Scales) -> HeatMap:
                 fill, ink = palette.heat_colour(scales.heat.at(value) / 100)
                 text = unit.text(value, decimals=int(len(tasks) <= _MOST_DECIMALS))
                 tip = f"{tasks[task]}: {unit.full(value)} after learning {tasks[learned]}"
-                cells.append(Cell(learned, task, value, fill, ink, text, tip))
+                cells.append(Cell(learned, task, fill, ink, text, tip))
     names = [(index, short(name), name) for index, name in enumerate(tasks)]
     return HeatMap(
         "R, the scores after each task", len(tasks), scales.heat, unit.name(record.metric),

@@ -26,7 +26,7 @@ def overview(record: RunRecord) -> Figure:
     figure, scales = _figure(13, 4.8), Scales.of([record])
     curves, matrix = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_lines(curves, charts.task_scores(record, scales))
-    _draw_heat_map(matrix, charts.score_matrix(record, scales))
+    _draw_heat_maps([matrix], [charts.score_matrix(record, scales)])
     return figure
 
 
@@ -48,7 +48,7 @@ def matrix_picture(record: RunRecord) -> Figure:
         record: A record with at least one score.
     """
     figure = _figure(6, 4.8)
-    _draw_heat_map(figure.subplots(), charts.score_matrix(record, Scales.of([record])))
+    _draw_heat_maps([figure.subplots()], [charts.score_matrix(record, Scales.of([record]))])
     return figure
 
 
@@ -69,14 +69,14 @@ def comparison(records: Mapping[str, RunRecord]) -> Figure:
     Args:
         records: The records of the runs, by the name of the run; at least one.
     """
-    figure, scales = _figure(4.6 * (1 + len(records)), 4.2), Scales.of(list(records.values()))
+    figure, scales = _figure(5 + 4 * len(records), 4.2), Scales.of(list(records.values()))
     runs = [
         Run(name, palette.run_colour(index), record) for index, (name, record) in enumerate(records.items())
     ]
-    means, *maps = figure.subplots(1, 1 + len(runs))
+    means, *maps = figure.subplots(1, 1 + len(runs), width_ratios=[1.4, *(1 for _ in runs)])
     _draw_lines(means, charts.mean_scores(runs, scales.unit))
+    _draw_heat_maps(maps, [charts.score_matrix(run.record, scales) for run in runs])
     for axes, run in zip(maps, runs, strict=True):
-        _draw_heat_map(axes, charts.score_matrix(run.record, scales))
         axes.set_title(_text(f"R of {run.name}"))
     return figure
 
@@ -109,24 +109,34 @@ def _draw_lines(axes: Axes, chart: LineChart) -> None:
         _draw_strip(axes, chart)
 
 
+def _draw_heat_maps(maps: Sequence[Axes], shown: Sequence[HeatMap]) -> None:
+    """Draw heat maps that have the same scale, with the scale beside them."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    for axes, chart in zip(maps, shown, strict=True):
+        _draw_heat_map(axes, chart)
+    colours = ScalarMappable(Normalize(chart.scale.low, chart.scale.high), palette.HEAT)
+    bar = axes.figure.colorbar(colours, ax=list(maps), label=_text(chart.unit))
+    _set_ticks(bar.ax.yaxis, chart.scale)
+
+
 def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
-    R = np.full((chart.tasks, chart.tasks), np.nan)
+    from matplotlib.colors import to_rgba
+
+    R = np.zeros((chart.tasks, chart.tasks, 4))  # transparent where not measured
     for cell in chart.cells:
-        R[cell.learned, cell.task] = cell.value
+        R[cell.learned, cell.task] = to_rgba(cell.fill)
         if chart.numbers:
             axes.annotate(
                 cell.text, (cell.task, cell.learned), ha="center", va="center", color=cell.ink,
-                fontsize=min(9, 320 / (chart.tasks * chart.digits)),  # so that the cell holds it
+                fontsize=min(9, 320 / (chart.tasks * chart.digits)),  # so that the number fits into the cell
             )  # fmt: skip
-    image = axes.imshow(
-        R, cmap=palette.HEAT, vmin=chart.scale.low, vmax=chart.scale.high, interpolation="nearest"
-    )
     places, names = [index for index, _, _ in chart.names], [_text(short) for _, short, _ in chart.names]
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
     axes.set(title=chart.title, xlabel=chart.x_name, ylabel=chart.y_name)
-    bar = axes.figure.colorbar(image, ax=axes, label=_text(chart.unit))
-    _set_ticks(bar.ax.yaxis, chart.scale)
+    axes.imshow(R, interpolation="nearest")
 
 
 def _draw_bars(axes: Axes, chart: BarChart) -> None:
