@@ -1,6 +1,6 @@
 """The pictures: matplotlib draws what the charts describe."""
 
-import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -60,7 +60,7 @@ def test_bars_have_the_heights_and_colours_of_the_chart():
 
 def test_a_dark_background_has_the_colours_for_dark_pages():
     one = record()
-    with mpl.style.context("dark_background"):
+    with matplotlib.style.context("dark_background"):
         _, lines, _ = drawn(figures.curves_picture(one))
         bars = figures.capacity_picture(one).axes[0].patches
     of_all = Scales.of([one])
