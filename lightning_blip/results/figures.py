@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_blip.results import charts, palette
-from lightning_blip.results.charts import BarChart, HeatMap, Label, LineChart, Run, Scales
+from lightning_blip.results.chart_types import BarChart, HeatMap, Label, LineChart, short
+from lightning_blip.results.charts import Run, Scales
 from lightning_blip.results.record import RunRecord
 from lightning_blip.results.scales import Axis
 
@@ -132,7 +133,7 @@ def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
                 cell.text, (cell.task, cell.learned), ha="center", va="center", color=cell.ink,
                 fontsize=min(9, 320 / (chart.tasks * chart.digits)),  # so that the number fits into the cell
             )  # fmt: skip
-    places, names = [index for index, _, _ in chart.names], [_text(short) for _, short, _ in chart.names]
+    places, names = [index for index, _, _ in chart.names], [_text(name) for _, name, _ in chart.names]
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
     axes.set(title=chart.title, xlabel=chart.x_name, ylabel=chart.y_name)
@@ -178,7 +179,7 @@ def _draw_labels(axes: Axes, labels: Sequence[Label]) -> None:
     colours = [label.colour.on(axes.get_facecolor()) for label in ordered]
     axes.legend(
         [Patch(color=colour) for colour in colours],
-        [_text(f"{label.value}  {charts.short(label.name, most=30)}") for label in ordered],
+        [_text(f"{label.value}  {short(label.name, most=30)}") for label in ordered],
         fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=0.8,
     )  # fmt: skip
 
@@ -189,7 +190,7 @@ def _draw_strip(axes: Axes, chart: LineChart) -> None:
     from matplotlib.colors import ListedColormap, Normalize
 
     lines = chart.lines
-    ends = [_text(charts.short(line.name)) for line in (lines[0], lines[-1])]
+    ends = [_text(short(line.name)) for line in (lines[0], lines[-1])]
     colours = ListedColormap([line.colour.on(axes.get_facecolor()) for line in lines])
     strip = axes.figure.colorbar(ScalarMappable(Normalize(0, len(lines)), colours), ax=axes)
     strip.set_ticks([0.5, len(lines) - 0.5], labels=ends)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_blip.results.charts import Label, Line
+from lightning_blip.results.chart_types import Label, Line
 from lightning_blip.results.scales import Axis
 
 #: The height of the charts that have labels at their right, in pixels.
@@ -33,7 +33,7 @@ def path(line: Line, x: Axis, y: Axis) -> str:
     """Return the ``d`` of an SVG path in % of the chart; it is interrupted where a value is missing.
 
     Example:
-        >>> from lightning_blip.results.charts import Point
+        >>> from lightning_blip.results.chart_types import Point
         >>> from lightning_blip.results.palette import run_colour
         >>> points = [Point(x, y, "") for x, y in [(0, 0), (1, 1), (2, float("nan")), (3, 1)]]
         >>> path(Line("first", run_colour(0), points), Axis(0.0, 4.0, []), Axis(0.0, 1.0, []))

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from lightning_blip.results import charts, palette, scales, svg
+from lightning_blip.results.chart_types import Label
 from lightning_blip.results.charts import Run, Scales
 from tests.helpers.records import RECORDS, record
 
@@ -43,8 +44,27 @@ def test_ticks_of_large_numbers_that_are_close_have_different_texts():
     assert steps[0] > 0
 
 
+def test_an_axis_of_equal_values_is_wide_enough_for_ticks():
+    axis = scales.axis_over([5.0, 5.0, math.nan])
+    assert axis.low < 5 < axis.high
+    assert axis.digits == len("4.8") < len({text for _, text in axis.ticks})
+
+
+def test_numbers_have_significant_digits_and_a_mark_for_missing_ones():
+    assert [scales.number(value) for value in (1234.5, -0.5, 0.0, 1.2345e-5, math.inf)] == [
+        "1,234", "\N{MINUS SIGN}0.5", "0", "1.23e\N{MINUS SIGN}05", scales.MISSING,
+    ]  # fmt: skip
+    percent, plain = scales.Unit(percent=True), scales.Unit(percent=False)
+    assert [percent.full(value) for value in (0.0, -0.04, 99.96, math.nan)] == [
+        "0.0 %", "0.0 %", "100.0 %", scales.MISSING,
+    ]  # fmt: skip
+    assert [plain.full(value) for value in (0.123456, 1234.5, math.nan)] == [
+        "0.123", "1,234", scales.MISSING,
+    ]  # fmt: skip
+
+
 def test_labels_keep_their_distance_and_stay_inside():
-    labels = [charts.Label(str(index), "", palette.run_colour(0), 4.0 - 0.1 * index) for index in range(12)]
+    labels = [Label(str(index), "", palette.run_colour(0), 4.0 - 0.1 * index) for index in range(12)]
     tops = [one.top for one in svg.placed(labels, scales.Axis(0.0, 100.0, []))]
     assert max(tops) <= svg.HEIGHT
     assert min(after - before for before, after in pairwise(tops)) >= 15.9
