@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show(trainer: pl.Trainer, record: RunRecord) -> None:
-    """Send the charts of a record to every logger that takes charts.
+    """Send the charts of a record to every logger that takes charts; only rank 0 calls this.
 
     Weights & Biases gets ``forgetting/curves`` (one line per task), ``forgetting/matrix`` (R as a picture)
     and ``forgetting/R`` (R as a table). With BLIP it also gets ``blip/capacity`` (a picture, stacked by
@@ -29,8 +29,6 @@ def show(trainer: pl.Trainer, record: RunRecord) -> None:
         trainer: The Trainer.
         record: A record with at least one boundary.
     """
-    if not trainer.is_global_zero:
-        return
     for logger in trainer.loggers:
         for kind, send in _SENDERS.items():
             if is_a(logger, kind):

@@ -208,7 +208,23 @@ def test_validating_outside_a_fit_records_nothing(tmp_path):
     before = len(curves.state_dict()["history"])
     assert before == 18
     trainer.validate(trainer.lightning_module, datamodule=tasks, verbose=False)
+    loader = torch.utils.data.DataLoader(blobs(), batch_size=60)  # a loader without tasks
+    trainer.validate(trainer.lightning_module, loader, verbose=False)
     assert len(curves.state_dict()["history"]) == before
+
+
+def test_a_fit_without_validation_writes_nothing(tmp_path):
+    curves = ForgettingCurves("val_acc")
+    fit(curves, limit_val_batches=0, default_root_dir=tmp_path)
+    assert curves.matrix.isnan().all()
+    assert list(tmp_path.rglob("forgetting.*")) == []
+
+
+def test_the_fit_says_where_table_and_picture_are(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(ForgettingCurves("val_acc"), max_epochs=2, default_root_dir=tmp_path)
+    told = [message for message in caplog.messages if message.startswith("Forgetting curves: ")]
+    assert told == [f"Forgetting curves: {tmp_path / 'forgetting.csv'} and {tmp_path / 'forgetting.png'}"]
 
 
 def test_a_metric_that_is_never_logged_is_refused_by_name(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -241,6 +242,15 @@ def test_a_frozen_state_that_cannot_be_logged_is_warned_of_before_the_training(t
         fitting.fit(callbacks, logger=logger, default_root_dir=tmp_path)
     if missing == "BLIP":
         logger.experiment.finish()
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_epochs": 1}])
+def test_a_fit_that_logs_no_frozen_state_is_not_warned(tmp_path, options):
+    curves = ForgettingCurves(log_frozen_state="fast_dev_run" in options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fitting.fit(curves, default_root_dir=tmp_path, **options)
+    assert not [one for one in warned if "log_frozen_state" in str(one.message)]
 
 
 class MLFlowLogger(Logger):
