@@ -209,7 +209,7 @@ def test_validating_outside_a_fit_records_nothing(tmp_path):
     assert before == 18
     trainer.validate(trainer.lightning_module, datamodule=tasks, verbose=False)
     loader = torch.utils.data.DataLoader(blobs(), batch_size=60)  # a loader without tasks
-    trainer.validate(trainer.lightning_module, loader, verbose=False)
+    pl.Trainer(**QUIET, callbacks=[curves]).validate(trainer.lightning_module, loader, verbose=False)
     assert len(curves.state_dict()["history"]) == before
 
 
