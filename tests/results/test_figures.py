@@ -81,6 +81,16 @@ def test_many_tasks_are_named_by_a_strip_of_their_colours():
     assert not list(figures.matrix_picture(record(tasks=13)).axes[0].texts)
 
 
+def test_the_overview_has_the_curves_and_the_heat_map_beside_each_other():
+    one = record()
+    curves, matrix, _ = figures.overview(one).axes
+    assert [axes.get_title() for axes in (curves, matrix)] == [
+        "Score on each task", "R, the scores after each task",
+    ]  # fmt: skip
+    assert len([line for line in curves.lines if line.get_marker() == "."]) == 3
+    assert len(matrix.texts) == 6
+
+
 def test_a_comparison_has_a_line_and_a_heat_map_per_run_on_the_same_scale():
     runs = {"plain $x$": record(blip=False, scale=0.5), "BLIP": record()}
     means, *maps, scale = figures.comparison(runs).axes
