@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_blip.results.record import write_json
+
 
 @dataclass(frozen=True)
 class Record:
@@ -53,11 +55,9 @@ class Record:
     def write(self, path: Path) -> None:
         """Saves the record, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_text(json.dumps(asdict(self), default=str) + "\n")
-        unfinished.replace(path)
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Record:
         """A record that was saved."""
-        return cls(**json.loads(path.read_text()))
+        return cls(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""``python -m lightning_blip`` is the command line."""
+"""Runs the command line as ``python -m lightning_blip``."""
 
 from lightning_blip.cli.main import main
 

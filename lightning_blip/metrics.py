@@ -1,8 +1,8 @@
-"""How well a sequence of tasks was learned and kept: metrics on the matrix R of scores.
+"""Metrics of the matrix R: how well the tasks of a sequence were learned, and how well they were kept.
 
-R[i, j] is the score on task j after learning task i, of any kind where higher is better. Entries that were
-not measured are NaN. All metrics are those after the last task learned so far, t, the last row with R[t, t]
-measured: a matrix of which only the first rows are filled is fine.
+R[i, j] is the score on task j after learning task i; higher is better. Entries that were not measured are
+NaN. All metrics describe the state after task t, the last task for which R[t, t] is measured, so they are
+defined while the sequence is still being learned.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Over = Literal["previous", "all"]
 
 
 def average_score(R: Tensor | ArrayLike) -> Tensor:
-    """The average score over all tasks learned so far, 1/(t+1) Σ_{j≤t} R[t, j].
+    """Return the average score over all tasks learned so far, 1/(t+1) Σ_{j≤t} R[t, j].
 
     Args:
         R: (T, T), NaN where not measured.
 
     Returns:
-        A scalar; NaN if no task was learned yet or an entry is missing.
+        A scalar; NaN if no task was learned yet, or an entry is missing.
 
     Raises:
         ValueError: If R is not square.
@@ -43,18 +43,18 @@ def average_score(R: Tensor | ArrayLike) -> Tensor:
 
 
 def backward_transfer(R: Tensor | ArrayLike, over: Over = "previous") -> Tensor:
-    """How learning later tasks changed the scores of earlier ones, 1/t Σ_{j<t} (R[t, j] − R[j, j]).
+    """Return how far later tasks changed the scores on earlier tasks, 1/t Σ_{j<t} (R[t, j] − R[j, j]).
 
     Args:
         R: (T, T), NaN where not measured.
-        over: What the sum is divided by: the number of ``"previous"`` tasks, t, or of ``"all"``, t + 1, as
-            in the paper of BLIP.
+        over: The divisor of the sum: the number of ``"previous"`` tasks, t, or the number of ``"all"`` tasks
+            learned, t + 1, as in the paper of BLIP.
 
     Returns:
         A scalar, negative where tasks were forgotten; NaN with fewer than two tasks or a missing entry.
 
     Raises:
-        ValueError: If R is not square, or ``over`` is neither of the two.
+        ValueError: If R is not square, or ``over`` is neither ``"previous"`` nor ``"all"``.
 
     Example:
         >>> R = torch.tensor([[0.9, 0.5], [0.7, 0.8]])
@@ -74,11 +74,11 @@ def backward_transfer(R: Tensor | ArrayLike, over: Over = "previous") -> Tensor:
 
 
 def forgetting(R: Tensor | ArrayLike) -> Tensor:
-    """How far the scores fell below the best there ever was, 1/t Σ_{j<t} (max_{l<t} R[l, j] − R[t, j]).
+    """Return how far scores fell below their earlier best, 1/t Σ_{j<t} (max_{l<t} R[l, j] − R[t, j]).
 
     Args:
-        R: (T, T), NaN where not measured; of the scores on tasks that were still to come, those that were
-            measured count.
+        R: (T, T), NaN where not measured. Scores on tasks that were not learned yet count if they were
+            measured.
 
     Returns:
         A scalar, positive where tasks were forgotten; NaN with fewer than two tasks or a missing entry.
@@ -97,17 +97,17 @@ def forgetting(R: Tensor | ArrayLike) -> Tensor:
     if len(R) < 2:
         return R.new_tensor(torch.nan)
     past = R[:-1, :-1]
-    # Only a task that was still to come may lack a score: any other that is missing could be the best.
-    to_come = torch.ones_like(past, dtype=torch.bool).triu(diagonal=1)
-    best = past.masked_fill(to_come & past.isnan(), -torch.inf).amax(dim=0)
+    # A missing score on a task that was not learned yet is left out; any other might be the best score.
+    unlearned = torch.ones_like(past, dtype=torch.bool).triu(diagonal=1)
+    best = past.masked_fill(unlearned & past.isnan(), -torch.inf).amax(dim=0)
     return (best - R[-1, :-1]).mean()
 
 
 def forward_transfer(R: Tensor | ArrayLike, baseline: Tensor | ArrayLike) -> Tensor:
-    """How earlier tasks helped with later ones before these were learned, 1/t Σ_{1≤j≤t} (R[j−1, j] − b_j).
+    """Return how far earlier tasks helped with tasks not learned yet, 1/t Σ_{1≤j≤t} (R[j−1, j] − b_j).
 
     Args:
-        R: (T, T), NaN where not measured; scores on tasks that are still to come are needed.
+        R: (T, T), NaN where not measured; the score on each task just before it is learned must be there.
         baseline: (T,), b_j, the scores of the network at its random initialisation, measured before any
             training.
 
@@ -127,7 +127,7 @@ def forward_transfer(R: Tensor | ArrayLike, baseline: Tensor | ArrayLike) -> Ten
     R, baseline = _square(R), torch.as_tensor(baseline)
     if baseline.shape != R.shape[:1]:
         raise ValueError(
-            f"baseline of shape {tuple(baseline.shape)} must hold one score for each of {len(R)} tasks"
+            f"baseline of shape {tuple(baseline.shape)} must hold one score for each of the {len(R)} tasks"
         )
     R = _learned(R)
     if len(R) < 2:
@@ -136,17 +136,15 @@ def forward_transfer(R: Tensor | ArrayLike, baseline: Tensor | ArrayLike) -> Ten
 
 
 def _square(R: Tensor | ArrayLike) -> Tensor:
-    """R as a matrix of floating-point numbers, in no less than the default precision."""
+    """Return R as a square matrix of floating-point numbers of at least the default precision."""
     R = torch.as_tensor(R)
     if R.ndim != 2 or R.shape[0] != R.shape[1]:
-        raise ValueError(
-            f"R of shape {tuple(R.shape)} must be square: a row for each task learned, a column for each"
-        )
+        raise ValueError(f"R of shape {tuple(R.shape)} must be square: one row and one column per task")
     return R.to(torch.promote_types(R.dtype, torch.get_default_dtype()))
 
 
 def _learned(R: Tensor | ArrayLike) -> Tensor:
-    """The part of R that belongs to the tasks learned so far."""
+    """Return the part of R that belongs to the tasks learned so far."""
     R = _square(R)
     measured = R.diagonal().isfinite().nonzero()
     tasks = int(measured[-1]) + 1 if len(measured) else 0
@@ -154,14 +152,14 @@ def _learned(R: Tensor | ArrayLike) -> Tensor:
 
 
 def _mean_of_measured(matrices: Tensor) -> Tensor:
-    """(processes, T, T) to (T, T), over the processes that measured an entry."""
+    """Reduce (processes, T, T) to (T, T): the mean of each entry over the processes that measured it."""
     return matrices.nanmean(dim=0)
 
 
 class _MatrixMetric(Metric):
-    """Keeps R, entry by entry, in the module's checkpoint too."""
+    """A metric that collects the entries of R, which are part of the module's checkpoint."""
 
-    # Otherwise forward() would merge by dist_reduce_fx, and a task scored again have the mean of its scores.
+    # Otherwise forward() merges states by dist_reduce_fx, which takes the mean of scores on the same task.
     full_state_update = True
     is_differentiable = False
     higher_is_better = True
@@ -175,15 +173,15 @@ class _MatrixMetric(Metric):
         self.add_state("matrix", unmeasured, dist_reduce_fx=_mean_of_measured, persistent=True)
 
     def update(self, learned: int, task: int, score: float | Tensor) -> None:
-        """Notes a score; of a task that is scored again, the last.
+        """Set an entry of R; a task that is scored again gets its new score.
 
         Args:
-            learned: Index of the task that was learned last, i.
-            task: Index of the task that was scored, j.
+            learned: i, the index of the task that was learned last.
+            task: j, the index of the task that was scored.
             score: R[i, j].
 
         Raises:
-            ValueError: If there is no such task.
+            ValueError: If there is no task with one of the indices.
         """
         tasks = len(self.matrix)
         if not (0 <= learned < tasks and 0 <= task < tasks):
@@ -197,8 +195,8 @@ class AverageScore(_MatrixMetric):
     """:func:`average_score` as a metric.
 
     Args:
-        tasks: T, how many tasks the sequence has.
-        kwargs: Of ``torchmetrics.Metric``.
+        tasks: T, the number of tasks in the sequence.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = AverageScore(tasks=2)
@@ -208,7 +206,7 @@ class AverageScore(_MatrixMetric):
     """
 
     def compute(self) -> Tensor:
-        """The average score."""
+        """Return the average score."""
         return average_score(self.matrix)
 
 
@@ -216,9 +214,9 @@ class BackwardTransfer(_MatrixMetric):
     """:func:`backward_transfer` as a metric.
 
     Args:
-        tasks: T, how many tasks the sequence has.
+        tasks: T, the number of tasks in the sequence.
         over: ``"previous"`` or ``"all"``.
-        kwargs: Of ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = BackwardTransfer(tasks=2)
@@ -230,12 +228,12 @@ class BackwardTransfer(_MatrixMetric):
 
     def __init__(self, tasks: int, over: Over = "previous", **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
-        # Refuses a wrong argument now, not when the tasks are learned.
+        # A wrong argument is refused here, before the tasks are learned.
         backward_transfer(self.matrix, over)
         self.over: Over = over
 
     def compute(self) -> Tensor:
-        """The backward transfer."""
+        """Return the backward transfer."""
         return backward_transfer(self.matrix, self.over)
 
 
@@ -243,8 +241,8 @@ class Forgetting(_MatrixMetric):
     """:func:`forgetting` as a metric.
 
     Args:
-        tasks: T, how many tasks the sequence has.
-        kwargs: Of ``torchmetrics.Metric``.
+        tasks: T, the number of tasks in the sequence.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = Forgetting(tasks=2)
@@ -257,7 +255,7 @@ class Forgetting(_MatrixMetric):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The forgetting."""
+        """Return the forgetting."""
         return forgetting(self.matrix)
 
 
@@ -265,9 +263,9 @@ class ForwardTransfer(_MatrixMetric):
     """:func:`forward_transfer` as a metric.
 
     Args:
-        tasks: T, how many tasks the sequence has.
-        baseline: (T,), scores of the network at its random initialisation, measured before any training.
-        kwargs: Of ``torchmetrics.Metric``.
+        tasks: T, the number of tasks in the sequence.
+        baseline: (T,), the scores of the network at its random initialisation, measured before any training.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = ForwardTransfer(tasks=2, baseline=torch.tensor([0.5, 0.5]))
@@ -279,10 +277,10 @@ class ForwardTransfer(_MatrixMetric):
 
     def __init__(self, tasks: int, baseline: Tensor | ArrayLike, **kwargs: Any) -> None:
         super().__init__(tasks, **kwargs)
-        # Refuses a wrong argument now, not when the tasks are learned.
+        # A wrong argument is refused here, before the tasks are learned.
         forward_transfer(self.matrix, baseline)
         self.baseline = baseline
 
     def compute(self) -> Tensor:
-        """The forward transfer."""
+        """Return the forward transfer."""
         return forward_transfer(self.matrix, self.baseline)

@@ -1,4 +1,4 @@
-"""Metrics on the matrix R, against plain loops."""
+"""The metrics of R, compared with plain loops."""
 
 import pickle
 
@@ -32,10 +32,10 @@ def matrices(draw):
 
 
 @given(matrices())
-def test_the_formulas_by_loops_on_whole_and_partial_matrices(case):
+def test_the_metrics_equal_plain_loops_on_whole_and_on_partial_matrices(case):
     full, t = case
     R = full.clone()
-    R[t + 1 :] = NAN  # the sequence is still running
+    R[t + 1 :] = NAN  # only the tasks up to t are learned
     r = full.tolist()
     b = [0.25 * j for j in range(len(r))]
     close = {"rel": 1e-4, "abs": 1e-4}
@@ -50,7 +50,7 @@ def test_the_formulas_by_loops_on_whole_and_partial_matrices(case):
     assert forward_transfer(R, torch.tensor(b)).item() == pytest.approx(ahead, **close)
 
 
-def test_what_is_above_the_diagonal_is_needed_for_forward_transfer_alone():
+def test_only_forward_transfer_needs_scores_above_the_diagonal():
     R = torch.tensor([[0.9, NAN], [0.7, 0.8]])
     assert average_score(R).item() == pytest.approx(0.75)
     assert backward_transfer(R).item() == pytest.approx(-0.2)
@@ -58,7 +58,7 @@ def test_what_is_above_the_diagonal_is_needed_for_forward_transfer_alone():
     assert forward_transfer(R, torch.zeros(2)).isnan()
 
 
-def test_undefined_is_nan():
+def test_metrics_that_are_undefined_are_nan():
     one = torch.tensor([[0.9, NAN], [NAN, NAN]])
     assert average_score(one).item() == pytest.approx(0.9)
     for value in (backward_transfer(one), forgetting(one), forward_transfer(one, torch.zeros(2))):
@@ -68,7 +68,7 @@ def test_undefined_is_nan():
     assert forgetting(torch.tensor([[NAN, NAN], [0.9, 0.8]])).isnan()
 
 
-def test_a_past_score_that_was_not_measured_leaves_forgetting_undefined():
+def test_forgetting_is_nan_if_an_earlier_score_is_missing():
     R = torch.tensor([[0.9, NAN, NAN], [NAN, 0.6, NAN], [0.7, 0.6, 0.8]])  # the best on task 0 is unknown
     assert forgetting(R).isnan()
     R[1, 0] = 0.5
@@ -76,7 +76,7 @@ def test_a_past_score_that_was_not_measured_leaves_forgetting_undefined():
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.double])
-def test_scores_come_in_any_array(convert):
+def test_lists_arrays_and_tensors_are_accepted(convert):
     R, baseline = convert(torch.tensor([[0.9, 0.6], [0.7, 0.8]])), convert(torch.tensor([0.5, 0.5]))
     assert average_score(R).item() == pytest.approx(0.75)
     assert backward_transfer(R).item() == pytest.approx(-0.2)
@@ -84,19 +84,19 @@ def test_scores_come_in_any_array(convert):
     assert forward_transfer(R, baseline).item() == pytest.approx(0.1)
 
 
-def test_counts_are_scores_and_precision_is_kept():
+def test_integers_become_floats_and_precision_is_kept():
     assert average_score(np.array([[3, 0], [1, 2]])).item() == 1.5
     assert average_score(np.full((1, 1), 0.1)).item() == 0.1
     assert average_score(torch.full((1, 1), 0.5, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_forgetting_counts_from_the_best_and_backward_transfer_from_the_first():
+def test_forgetting_counts_from_the_best_score_and_backward_transfer_from_the_first():
     R = torch.tensor([[0.5, NAN, NAN], [0.9, 0.6, NAN], [0.7, 0.6, 0.8]])
     assert forgetting(R).item() == pytest.approx((0.2 + 0.0) / 2)
     assert backward_transfer(R).item() == pytest.approx((0.2 + 0.0) / 2)
 
 
-def test_metrics_behave_as_torchmetrics_do():
+def test_metrics_work_in_a_collection_and_are_cloned_pickled_and_reset():
     scores = [(0, 0, 0.9), (0, 1, 0.6), (1, 0, 0.7), (1, 1, 0.8)]
     metrics = MetricCollection(
         {
@@ -119,7 +119,7 @@ def test_metrics_behave_as_torchmetrics_do():
     assert metrics["acc"].matrix.isnan().all()
 
 
-def test_forward_gives_the_metric_of_the_one_score_and_keeps_all():
+def test_forward_returns_the_metric_of_one_score_and_keeps_all_scores():
     metric = AverageScore(2)
     assert metric(0, 0, 0.9).item() == pytest.approx(0.9)
     metric(1, 0, torch.tensor(0.5))
@@ -127,7 +127,7 @@ def test_forward_gives_the_metric_of_the_one_score_and_keeps_all():
     assert metric.compute().item() == pytest.approx(0.6)
 
 
-def test_a_task_scored_again_has_its_last_score():
+def test_a_task_that_is_scored_again_has_its_last_score():
     by_update, by_forward = AverageScore(2), AverageScore(2)
     for score in (0.4, 0.8):
         by_update.update(0, 0, score)
@@ -136,14 +136,14 @@ def test_a_task_scored_again_has_its_last_score():
     assert by_update.compute().item() == pytest.approx(0.8)
 
 
-def test_the_scores_go_into_the_checkpoint():
+def test_the_scores_are_saved_in_the_checkpoint():
     metric, restored = AverageScore(2), AverageScore(2)
     metric.update(0, 0, 0.8)
     restored.load_state_dict(metric.state_dict())
     torch.testing.assert_close(restored.matrix, metric.matrix, equal_nan=True)
 
 
-def test_processes_share_what_each_measured():
+def test_the_scores_of_all_processes_are_averaged():
     first, second = AverageScore(2), AverageScore(2)
     first.update(0, 0, 0.8)
     second.update(0, 0, 0.6)
@@ -171,6 +171,6 @@ def test_processes_share_what_each_measured():
         (lambda: AverageScore(2).update(1, 2, 0.5), "learned=1 and task=2 .* 2 tasks, 0 to 1"),
     ],
 )
-def test_bad_arguments_get_one_clear_sentence(make, message):
+def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

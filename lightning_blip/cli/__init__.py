@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: demo, inspect, report, and Lightning's fit, validate and test."""

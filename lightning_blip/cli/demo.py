@@ -1,4 +1,4 @@
-"""The demo: the same network learns a stream of digits twice, without BLIP and with it."""
+"""The demo: the same network learns a sequence of tasks twice, without BLIP and with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -21,12 +20,20 @@ from lightning_blip.blip import BLIP
 from lightning_blip.frozen.network import BasisName
 from lightning_blip.metrics import average_score, backward_transfer
 from lightning_blip.results.curves import ForgettingCurves
+from lightning_blip.results.figures import comparison
+from lightning_blip.results.record import RunRecord
 from lightning_blip.tasks.datamodule import TaskSequenceDataModule
 from lightning_blip.tasks.heads import TaskHeads
 
 
 class Digits(pl.LightningModule):
-    """A small classifier with a head for each task."""
+    """A small classifier of digits with one head per task.
+
+    Args:
+        tasks: The number of tasks.
+        hidden: The width of the two hidden layers.
+        learning_rate: The learning rate of SGD.
+    """
 
     def __init__(self, tasks: int, hidden: int, learning_rate: float) -> None:
         super().__init__()
@@ -40,27 +47,31 @@ class Digits(pl.LightningModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, 10) of images (N, 64)."""
+        """Return the logits (N, 10) of images (N, 64)."""
         logits: Tensor = self.network(x)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         x, y = batch
         return F.cross_entropy(self(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the accuracy on the loader's task."""
+        """Log the accuracy on the task of the loader."""
         x, y = batch
         self.log("val_acc", multiclass_accuracy(self(x), y, num_classes=10, average="micro"))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
+        """Return plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's 1,797 scanned digits, every fifth for testing: images (N, 64) in [0, 1], labels (N,)."""
+    """Return scikit-learn's 1,797 scanned digits as a training set and a test set.
+
+    Returns:
+        Two data sets of images (N, 64) in [0, 1] and labels (N,); the second has every fifth digit.
+    """
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 16.0, torch.tensor(labels)
     held_out = torch.arange(len(y)) % 5 == 0
@@ -77,26 +88,26 @@ def demo(
     seed: int = 0,
     output: Path = Path("demo_results"),
 ) -> None:
-    """Learns permuted digits one permutation after another, without and with BLIP, and compares.
+    """Learn permuted digits, one permutation after another, without BLIP and with it, and compare the two.
 
     Args:
-        tasks: How many permutations of the pixels.
-        epochs: How long each is trained.
-        hidden: Width of the network's two hidden layers.
-        learning_rate: Of plain SGD.
-        batch_size: Samples a batch.
-        basis: Of BLIP: ``"diagonal"`` or ``"kronecker"``.
-        seed: Of weights, permutations and the order of samples.
-        output: Where tables and pictures go.
+        tasks: The number of permutations of the pixels, each of which is one task.
+        epochs: The number of epochs per task.
+        hidden: The width of the network's two hidden layers.
+        learning_rate: The learning rate of plain SGD.
+        batch_size: The number of samples per batch.
+        basis: The basis in which BLIP freezes bits: ``"diagonal"`` or ``"kronecker"``.
+        seed: The seed of the weights, the permutations and the order of the samples.
+        output: The folder for tables and pictures.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     console = Console()
     methods = {"fine-tuning": None, "BLIP": BLIP(basis=basis)}
-    results: dict[str, Tensor] = {}
+    records: dict[str, RunRecord] = {}
     for name, blip in methods.items():
         console.print(
-            f"Learning {tasks} permutations of the digits, {epochs} epochs each: [bold]{name}[/bold]"
+            f"Learning {tasks} permutations of the digits, {epochs} epochs each, with [bold]{name}[/bold]"
         )
         pl.seed_everything(seed, verbose=False)
         stream = TaskSequenceDataModule.permute_inputs(
@@ -114,26 +125,32 @@ def demo(
             enable_progress_bar=False,
         )
         trainer.fit(Digits(tasks, hidden, learning_rate), datamodule=stream)
-        results[name] = curves.matrix
+        records[name] = curves.record(trainer)
         console.print(_scores(name, curves.matrix))
-    summary = Table(title="After the last task")
-    for column in ("method", "ACC %", "BWT %", "capacity used %"):
-        summary.add_column(column, justify="left" if column == "method" else "right")
-    for name, blip in methods.items():
-        summary.add_row(
-            name,
-            f"{100 * float(average_score(results[name])):.1f}",
-            f"{100 * float(backward_transfer(results[name])):+.1f}",
-            "" if blip is None else f"{100 * blip.used_capacity:.1f}",
-        )
-    console.print(summary)
-    console.print(f"Both in one picture: {_draw(results, output / 'demo.png')}")
+    console.print(_summary(methods, records))
+    picture = output / "demo.png"
+    comparison(records).savefig(picture, dpi=100)
+    console.print(f"Both methods in one picture: {picture}")
     for name in methods:
         console.print(f"Curves of {name}: {output / name / 'forgetting.png'}")
 
 
+def _summary(methods: dict[str, BLIP | None], records: dict[str, RunRecord]) -> Table:
+    summary = Table(title="After the last task")
+    for column in ("method", "ACC %", "BWT %", "used capacity %"):
+        summary.add_column(column, justify="left" if column == "method" else "right")
+    for name, blip in methods.items():
+        summary.add_row(
+            name,
+            f"{100 * float(average_score(records[name].matrix)):.1f}",
+            f"{100 * float(backward_transfer(records[name].matrix)):+.1f}",
+            "" if blip is None else f"{100 * blip.used_capacity:.1f}",
+        )
+    return summary
+
+
 def _scores(name: str, matrix: Tensor) -> Table:
-    table = Table(title=f"R of {name}: accuracy in % on each task (columns) after learning each (rows)")
+    table = Table(title=f"R of {name}: accuracy in % on each task (columns) after learning each task (rows)")
     table.add_column("after")
     for task in range(len(matrix)):
         table.add_column(str(task), justify="right")
@@ -141,19 +158,3 @@ def _scores(name: str, matrix: Tensor) -> Table:
         cells = ["" if score.isnan() else f"{100 * score:.0f}" for score in row]
         table.add_row(str(learned), *cells)
     return table
-
-
-def _draw(results: dict[str, Tensor], path: Path) -> Path:
-    """R of each method on the same scale, and the mean over the tasks learned so far."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    means, *maps = figure.subplots(1, 1 + len(results))
-    for axes, (name, matrix) in zip(maps, results.items(), strict=True):
-        image = axes.imshow(100 * matrix.numpy(), vmin=0, vmax=100, cmap="viridis")
-        axes.set(title=f"{name}: accuracy on each task", xlabel="task", ylabel="after learning task")
-        learned = range(1, 1 + len(matrix))
-        means.plot(learned, 100 * matrix.nanmean(dim=1).numpy(), marker="o", label=name)
-    figure.colorbar(image, ax=maps, label="accuracy in %")
-    means.set(title="Mean accuracy over the tasks learned", xlabel="tasks learned", ylim=(0, 100))
-    means.legend(loc="lower left")
-    figure.savefig(path, dpi=100)
-    return path

@@ -1,4 +1,4 @@
-"""What is frozen in a checkpoint: read from the file, counted by layer, and shown in the terminal."""
+"""Reads what is frozen in a checkpoint, counts it by layer, and shows it in the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_blip.blip import BLIP
 from lightning_blip.boundary import counts_by_layer
 from lightning_blip.checkpoint import upgraded
 
-# Entries by which what BLIP saves is known, whatever class of one's own saved it.
+# The entries of BLIP's state, by which the state of a subclass is found too.
 _ENTRIES = {"version", "tasks_learned", "settings", "chosen", "frozen"}
 _BAR_WIDTH = 40
 
@@ -28,8 +28,9 @@ class FrozenLayer:
     """What is frozen in one layer, or in several.
 
     Attributes:
-        name: Of the module.
-        counts: How many of its parameters, or coordinates, have 0, 1, …, N frozen bits.
+        name: The name of the module.
+        counts: The number of its values with 0, 1, …, N frozen bits. A value is a parameter, or a coordinate
+            in the Kronecker basis.
 
     Example:
         >>> layer = FrozenLayer("body", [6, 0, 2])
@@ -42,12 +43,12 @@ class FrozenLayer:
 
     @property
     def values(self) -> int:
-        """How many parameters, or coordinates, there are."""
+        """The number of values."""
         return sum(self.counts)
 
     @property
     def mean_bits(self) -> float:
-        """Frozen bits a value, on average."""
+        """The mean number of frozen bits per value."""
         return sum(bits * count for bits, count in enumerate(self.counts)) / max(self.values, 1)
 
     @property
@@ -57,18 +58,18 @@ class FrozenLayer:
 
     @property
     def frozen_share(self) -> float:
-        """The share of the values that have any frozen bit, 0 to 1."""
+        """The share of values with at least one frozen bit, 0 to 1."""
         return 1.0 - self.counts[0] / max(self.values, 1)
 
 
 def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
-    """What is frozen in each layer.
+    """Return what is frozen in each layer.
 
     Args:
-        blip: As trained, or of :func:`read_blip`.
+        blip: A trained BLIP, or one that :func:`read_blip` returned.
 
     Returns:
-        One for each module that has parameters which BLIP tracks.
+        One entry per module with parameters that BLIP tracks.
 
     Example:
         >>> blip = BLIP()
@@ -80,13 +81,10 @@ def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
 
 
 def whole_network(layers: Sequence[FrozenLayer]) -> FrozenLayer:
-    """All layers as one.
+    """Return the sum of all layers' counts, as one layer with the name ``all``.
 
     Args:
-        layers: At least one.
-
-    Returns:
-        Their counts, added up.
+        layers: At least one layer.
 
     Example:
         >>> whole_network([FrozenLayer("0", [2, 1]), FrozenLayer("1", [0, 3])]).counts
@@ -98,23 +96,25 @@ def whole_network(layers: Sequence[FrozenLayer]) -> FrozenLayer:
 
 
 def read_blip(path: str | Path) -> BLIP:
-    """BLIP as a file holds it; nothing is run that the file might hold.
+    """Return the BLIP that a file holds; no code that the file may contain is run.
 
     Args:
-        path: Of a checkpoint that Lightning saved with BLIP among its callbacks, or of
+        path: A checkpoint that Lightning saved with BLIP among the callbacks, or a file written by
             ``torch.save(blip.state_dict(), path)``.
 
     Returns:
-        It, without the network.
+        The BLIP, without the network.
 
     Raises:
-        ValueError: If it cannot be read, holds no BLIP, or one of a later version.
+        ValueError: If the file cannot be read, holds no state of BLIP, or one of a later version.
     """
     saved = _load(Path(path))
     states = [saved, *saved.get("callbacks", {}).values()] if isinstance(saved, Mapping) else []
     state = next((one for one in states if isinstance(one, Mapping) and one.keys() >= _ENTRIES), None)
     if state is None:
-        raise ValueError(f"{path} holds nothing that BLIP has learned: save it with BLIP among the callbacks")
+        raise ValueError(
+            f"{path} holds no state of BLIP: name a checkpoint that was saved with BLIP among the callbacks"
+        )
     try:
         state = upgraded(state)
         blip = BLIP(**state["settings"])
@@ -131,23 +131,24 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    # An archive that was cut is an OSError, too.
+    # An archive that was cut short raises an OSError, too.
     except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if foreign is None:
-            raise ValueError(f"{path} is no checkpoint, or was cut short when it was written") from error
+            raise ValueError(f"{path} is not a checkpoint, or was cut short when it was written") from error
         raise ValueError(
-            f"{path} holds a {foreign[1]} besides, as hyperparameters may, and loading it can run code: "
-            "if you trust the file, keep BLIP's part alone, "
-            'torch.save(torch.load(path, weights_only=False)["callbacks"]["BLIP"], "blip.pt"), and take that'
+            f"{path} also holds a {foreign[1]}, perhaps among the hyperparameters, and loading it can run "
+            "code: if you trust the file, save BLIP's part alone, "
+            'torch.save(torch.load(path, weights_only=False)["callbacks"]["BLIP"], "blip.pt"), '
+            "and name blip.pt instead"
         ) from error
 
 
 def show(path: Path) -> None:
-    """Prints what is frozen in a checkpoint.
+    """Print what is frozen in a checkpoint.
 
     Args:
-        path: See :func:`read_blip`.
+        path: The file, see :func:`read_blip`.
     """
     blip = read_blip(path)
     console = Console()
@@ -158,12 +159,13 @@ def show(path: Path) -> None:
         return
     network = whole_network(layers)
     console.print(_table(layers, network))
-    console.print(f"Capacity left: {100 * (1 - network.used_capacity):.2f} % of {blip.max_bits} bits a value")
+    left = 100 * (1 - network.used_capacity)
+    console.print(f"Capacity left: {left:.2f} % of {blip.max_bits} bits per value")
     console.print(_histogram(network))
 
 
 def _table(layers: Sequence[FrozenLayer], network: FrozenLayer) -> Table:
-    titles = ("values", "frozen bits, mean", "capacity used %", "values with frozen bits %")
+    titles = ("values", "frozen bits per value", "used capacity %", "values with frozen bits %")
     table = Table("layer", show_footer=len(layers) > 1)
     table.columns[0].footer = network.name
     for title, figure in zip(titles, _figures(network), strict=True):
@@ -179,7 +181,7 @@ def _figures(layer: FrozenLayer) -> list[str]:
 
 
 def _histogram(network: FrozenLayer) -> Table:
-    """How many values have so many frozen bits, up to the most that there are."""
+    """Return the number of values with each number of frozen bits, up to the largest that occurs."""
     most = max(bits for bits, count in enumerate(network.counts) if count)
     table = Table("frozen bits", "", "values", "%", box=None)
     for bits, count in enumerate(network.counts[: most + 1]):

@@ -1,1 +1,1 @@
-"""What a run measured: metrics, curves, records, figures and the report."""
+"""What a run measured: curves, records, charts, loggers and the report."""

@@ -1,225 +1,254 @@
-"""Charts as numbers: what a page needs to draw them as SVG at any width; x and y in % of the plot."""
+"""The charts of runs: what each shows, for the pictures and for the page of the report alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
-from matplotlib.ticker import MaxNLocator
-
-#: Stands for a number that there is not.
-MISSING = "\N{EN DASH}"
-#: Of the plots that have labels at their right, in pixels.
-HEIGHT = 300
-# From one label at the right to the next, in pixels.
-_LABEL_STEP = 16
-# The hues of Okabe and Ito's palette, which are told apart without red or green, on light and on dark pages.
-_RUNS = (
-    ("#0072b2", "#56b4e9"),
-    ("#d55e00", "#f08030"),
-    ("#008a64", "#2fc096"),
-    ("#b5568f", "#dd95c2"),
-    ("#a87400", "#e6b422"),
-    ("#5a6270", "#b4bbc7"),
+from lightning_blip.results import palette
+from lightning_blip.results.chart_types import (
+    Bar,
+    BarChart,
+    Cell,
+    HeatMap,
+    Label,
+    Line,
+    LineChart,
+    Point,
+    short,
 )
+from lightning_blip.results.palette import Colour
+from lightning_blip.results.record import LayerBits, RunRecord, Score
+from lightning_blip.results.scales import Axis, Unit, axis_over, number, sequence_axis
+
+# With more tasks, names beside the lines and numbers in the cells of a heat map have no room.
+_MOST_NAMED = 12
+# With more tasks, numbers in the cells of a heat map have no room for a decimal.
+_MOST_DECIMALS = 8
+# With more layers, those with the fewest frozen bits share one colour.
+_MOST_LAYERS = 8
 
 
 @dataclass(frozen=True)
-class Colour:
-    """A colour for a light page, and one for a dark page."""
-
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range of values with ticks on it: each where it lies, in %, and its text."""
-
-    low: float
-    high: float
-    ticks: list[tuple[float, str]]
-
-    @classmethod
-    def of(cls, low: float, high: float, ticks: Iterable[tuple[float, str]]) -> Axis:
-        """An axis with ticks given by their values.
-
-        Example:
-            >>> Axis.of(0.0, 4.0, [(1.0, "one")]).ticks
-            [(25.0, 'one')]
-        """
-        bare = cls(low, high, [])
-        return cls(low, high, [(bare.at(value), text) for value, text in ticks])
-
-    @property
-    def digits(self) -> int:
-        """How long the longest of the texts is."""
-        return max(len(text) for _, text in self.ticks)
-
-    def at(self, value: float) -> float:
-        """Where a value lies, in % of the axis."""
-        return round(100 * (value - self.low) / (self.high - self.low), 2)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point in a chart, and what is shown when it is pointed at."""
-
-    x: float
-    y: float
-    tip: str
-    boundary: bool = False
-
-
-@dataclass(frozen=True)
-class Label:
-    """A name at the right of a plot: where, in pixels from the top, and where what it names lies."""
-
-    text: str
-    value: str
-    colour: Colour
-    top: float
-    of: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One of a chart's lines, broken where a value is missing."""
+class Run:
+    """A record of a run, with the name and the colour of the run in charts."""
 
     name: str
     colour: Colour
-    marks: list[Mark]
-    path: str
+    record: RunRecord
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A rectangle, in % of the plot."""
+class Scales:
+    """The unit and the axes that the charts of several runs share, so that the runs can be compared.
 
-    x: float
-    y: float
-    width: float
-    height: float
-    colour: Colour
-    tip: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a heat map, in % of it: its colour and that of the number in it."""
-
-    x: float
-    y: float
-    fill: str
-    ink: str
-    text: str
-    tip: str
-
-
-# x, y, what is shown when it is pointed at, and whether it is that of a boundary.
-Point = tuple[float, float, str, bool]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, without an exponent unless it is very small.
-
-    Example:
-        >>> number(1234.5), number(0.01234), number(-0.5), number(float("nan"))
-        ('1,234', '0.0123', '−0.5', '–')
+    Attributes:
+        unit: Of all scores.
+        scores: The axis of scores over the sequence.
+        heat: The axis of the scores in R.
+        capacity: The axis of the used capacity, in %.
     """
-    if not math.isfinite(value):
-        return MISSING
-    if value and abs(value) < 1e-4:
-        return with_minus(f"{value:.{digits}g}")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    text = f"{value:,.{decimals}f}"
-    return with_minus(text.rstrip("0").rstrip(".") if "." in text else text)
+
+    unit: Unit
+    scores: Axis
+    heat: Axis
+    capacity: Axis
+
+    @classmethod
+    def of(cls, records: Sequence[RunRecord]) -> Scales:
+        """Return the scales that fit all records."""
+        unit = Unit.of(records)
+        seen = [unit.of_score(score) for record in records for score in record.all_scores]
+        R = [unit.of_score(score) for record in records for row in record.matrix for score in row]
+        used = [100 * frozen.used_capacity for record in records for frozen in record.frozen]
+        return cls(unit, axis_over(seen), axis_over(R), axis_over([0.0, *used]))
 
 
-def with_minus(number: str) -> str:
-    """A number with the sign that is set for minus, as wide as a plus."""
-    return number.replace("-", "\N{MINUS SIGN}")
+def task_scores(record: RunRecord, scales: Scales) -> LineChart:
+    """Return the chart of the score on each task, one line per task.
 
-
-def axis(values: Iterable[float]) -> Axis:
-    """An axis from tick to tick that holds all finite values.
-
-    Example:
-        >>> axis([0.0, 83.0]).ticks
-        [(0.0, '0'), (20.0, '20'), (40.0, '40'), (60.0, '60'), (80.0, '80'), (100.0, '100')]
+    Args:
+        record: What the run measured.
+        scales: Those of all runs that are compared.
     """
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    if low == high:
-        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
-    places = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
-    # Large numbers that are close together need more digits to be told apart.
-    digits = next(
-        (more for more in range(6, 16) if len({number(at, more) for at in places}) == len(places)), 16
-    )
-    return Axis.of(places[0], places[-1], [(place, number(place, digits)) for place in places])
+    unit, tasks = scales.unit, record.tasks
+    lines = [
+        Line(
+            name,
+            palette.task_colour(tasks.index(name), len(tasks)),
+            [Point(one.position, unit.of_score(one.score), _tip(one, unit), one.boundary) for one in scores],
+        )
+        for name, scores in record.scores_by_task.items()
+    ]
+    return LineChart(
+        "Score on each task", sequence_axis(len(tasks)), scales.scores, unit.name(record.metric), tasks,
+        *_named(lines, unit),
+    )  # fmt: skip
 
 
-def positions(tasks: int) -> Axis:
-    """The axis of positions in a sequence of so many tasks, which ends with the last."""
-    ticks = [place for place in MaxNLocator(10, integer=True).tick_values(0, tasks) if 0 <= place <= tasks]
-    return Axis.of(0.0, float(tasks), [(place, f"{place:.0f}") for place in ticks])
+def mean_scores(runs: Sequence[Run], unit: Unit) -> LineChart:
+    """Return the chart of the mean score over the tasks seen so far, one line per run.
+
+    Args:
+        runs: At least one.
+        unit: Of all their scores.
+    """
+    name = unit.name(runs[0].record.metric)
+    means = [_means(run.record, unit) for run in runs]
+    return _one_line_per_run("Mean score over the tasks seen", name, runs, means, unit)
 
 
-def line(name: str, colour: Colour, x: Axis, y: Axis, points: Sequence[Point]) -> Line:
-    """A line through points."""
-    marks, path, move = [], [], "M"
-    for place, value, tip, boundary in points:
-        if math.isfinite(value):
-            mark = Mark(x.at(place), round(100 - y.at(value), 2), tip, boundary)
-            marks.append(mark)
-            path.append(f"{move}{mark.x:g} {mark.y:g}")
-        move = "L" if math.isfinite(value) else "M"
-    return Line(name, colour, marks, "".join(path))
+def predicted_forgetting(runs: Sequence[Run]) -> LineChart:
+    """Return the chart of the forgetting that BLIP predicted while tasks were trained, one line per run.
+
+    Args:
+        runs: Those in which BLIP predicted any; at least one.
+    """
+    values = [[(one.position, one.forgetting, False) for one in run.record.predicted] for run in runs]
+    return _one_line_per_run("Predicted forgetting", "nats per sample", runs, values, Unit(percent=False))
 
 
-def labels(named: Iterable[tuple[str, str, Colour, float]]) -> list[Label]:
-    """Labels, each with its value and as near to its height (in % from the top) as the others let it."""
-    ordered = sorted(named, key=lambda label: label[3])
-    tops: list[float] = []
-    for *_, height in ordered:
-        tops.append(max(height * HEIGHT / 100, tops[-1] + _LABEL_STEP if tops else 0))
-    lowest = float(HEIGHT)
-    for index in reversed(range(len(tops))):
-        tops[index] = min(tops[index], lowest)
-        lowest = tops[index] - _LABEL_STEP
+def score_matrix(record: RunRecord, scales: Scales) -> HeatMap:
+    """Return the heat map of R.
+
+    Args:
+        record: What the run measured.
+        scales: Those of all runs that are compared.
+    """
+    unit, tasks = scales.unit, record.tasks
+    cells = []
+    for learned, row in enumerate(record.matrix):
+        for task, score in enumerate(row):
+            if math.isfinite(score):
+                value = unit.of_score(score)
+                fill, ink = palette.heat_colour(scales.heat.at(value) / 100)
+                text = unit.text(value, decimals=int(len(tasks) <= _MOST_DECIMALS))
+                tip = f"{tasks[task]}: {unit.full(value)} after learning {tasks[learned]}"
+                cells.append(Cell(learned, task, fill, ink, text, tip))
+    names = [(index, short(name), name) for index, name in enumerate(tasks)]
+    return HeatMap(
+        "R, the scores after each task", len(tasks), scales.heat, unit.name(record.metric),
+        names[:: _every(len(tasks))], cells, numbers=len(tasks) <= _MOST_NAMED,
+    )  # fmt: skip
+
+
+def used_capacity(record: RunRecord, scales: Scales) -> BarChart:
+    """Return the chart of the used capacity: the frozen share of all bits after each task, by layer.
+
+    Args:
+        record: Of a run with BLIP.
+        scales: Those of all runs that are compared.
+    """
+    tasks, last = record.tasks, record.frozen[-1]
+    groups = last.grouped(len(last.layers) if len(last.layers) <= _MOST_LAYERS else _MOST_LAYERS - 1)
+    ticks = [(index + 0.5, str(index + 1)) for index in range(0, len(tasks), _every(len(tasks)))]
+    bars, labels = [], []
+    for frozen in record.frozen:
+        left, bottom = tasks.index(frozen.task) + 0.15, 0.0
+        for index, (name, layers) in enumerate(groups.items()):
+            share = 100 * frozen.share_of_bits(layers)
+            colour = palette.layer_colour(index, len(groups))
+            tip = f"{name}: {number(share)} % of all bits after learning {frozen.task}"
+            bars.append(Bar(left, left + 0.7, bottom, bottom + share, colour, tip))
+            if frozen is last:
+                labels.append(Label(name, f"{number(share, 2)} %", colour, bottom + share / 2))
+            bottom += share
+    return BarChart(
+        "Used capacity by layer", Axis(0.0, float(len(tasks)), ticks), scales.capacity, "tasks learned",
+        "% of all bits", bars, labels,
+    )  # fmt: skip
+
+
+def bit_histograms(runs: Sequence[Run]) -> list[tuple[Run, dict[str, BarChart]]]:
+    """Return the histograms of the frozen bits after the last task, on the same axes for all layers and runs.
+
+    Args:
+        runs: Those without BLIP are left out.
+
+    Returns:
+        Each run, with a histogram per layer, by the name of the layer.
+    """
+    last = [(run, run.record.frozen[-1].layers) for run in runs if run.record.frozen]
+    shares = [
+        (bits, count / layer.values)
+        for _, layers in last
+        for layer in layers.values()
+        for bits, count in enumerate(layer.bits)
+        if count
+    ]
+    if not shares:
+        return []
+    most, least = max(bits for bits, _ in shares), min(share for _, share in shares)
+    decades = 1 - math.floor(math.log10(least))  # the lowest bar is at least as high as a decade
+    every = math.ceil((most + 1) / 8)
+    x = Axis(0.0, most + 1.0, [(bits + 0.5, str(bits)) for bits in range(0, most + 1, every)])
+    shown = range(0, decades, math.ceil(decades / 4))
+    y = Axis(-float(decades), 0.0, [(-float(decade), number(100 * 10.0**-decade)) for decade in shown])
     return [
-        Label(text, value, colour, round(top, 1), round(height * HEIGHT / 100, 1))
-        for (text, value, colour, height), top in zip(ordered, tops, strict=True)
+        (run, {name: _histogram(name, layer, run.colour, x, y) for name, layer in layers.items()})
+        for run, layers in last
     ]
 
 
-def run_colour(index: int) -> Colour:
-    """That of a run among others."""
-    return Colour(*_RUNS[index % len(_RUNS)])
+def _tip(score: Score, unit: Unit) -> str:
+    when = "after" if score.boundary else f"position {number(score.position, 4)}, while"
+    return f"{score.task}: {unit.full(unit.of_score(score.score))}, {when} learning {score.learning}"
 
 
-def task_colour(index: int, tasks: int) -> Colour:
-    """That of a task, by its place in the sequence: dark enough on white, bright enough on black."""
-    share = index / max(1, tasks - 1)
-    return Colour(_of_map("plasma", 0.62 * share), _of_map("plasma", 0.42 + 0.53 * share))
+def _named(lines: Sequence[Line], unit: Unit) -> tuple[list[Line], list[Label]]:
+    """Return the lines that can be drawn, and their labels if there is room for them."""
+    drawn = [line for line in lines if line.measured]
+    ends = [(line, line.measured[-1].y) for line in drawn]
+    labels = [Label(line.name, unit.text(y), line.colour, y) for line, y in ends]
+    return drawn, labels if len(labels) <= _MOST_NAMED else []
 
 
-def layer_colour(index: int, layers: int) -> Colour:
-    """That of a layer, by its place in the network, just as light or dark."""
-    share = index / max(1, layers - 1)
-    return Colour(_of_map("viridis", 0.05 + 0.54 * share), _of_map("viridis", 0.35 + 0.6 * share))
+def _one_line_per_run(
+    title: str,
+    y_name: str,
+    runs: Sequence[Run],
+    values: Sequence[Sequence[tuple[float, float, bool]]],
+    unit: Unit,
+) -> LineChart:
+    """Return a chart over the longest sequence; values are position, value and whether at a boundary."""
+    tasks = max((run.record.tasks for run in runs), key=len)
+    lines = [
+        Line(
+            run.name,
+            run.colour,
+            [
+                Point(at, y, f"{run.name}: {unit.full(y)}, position {number(at, 4)}", boundary)
+                for at, y, boundary in of_run
+            ],
+        )
+        for run, of_run in zip(runs, values, strict=True)
+    ]
+    y = axis_over(point.y for line in lines for point in line.points)
+    return LineChart(title, sequence_axis(len(tasks)), y, y_name, tasks, *_named(lines, unit))
 
 
-def heat_colour(share: float) -> tuple[str, str]:
-    """That of a heat map, from 0 to 1, and that of a number on it."""
-    red, green, blue, _ = colormaps["viridis"](share)
-    dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
-    return _of_map("viridis", share), "#fff" if dark else "#000"
+def _means(record: RunRecord, unit: Unit) -> list[tuple[float, float, bool]]:
+    """Return position, mean over the tasks seen, and whether it is at a boundary, for each validation."""
+    seen: dict[tuple[float, int, bool], list[float]] = {}
+    for one in record.scores:
+        if math.isfinite(one.score):
+            seen.setdefault((one.position, one.step, one.boundary), []).append(unit.of_score(one.score))
+    return [(position, fmean(scores), boundary) for (position, _, boundary), scores in seen.items()]
 
 
-def _of_map(name: str, share: float) -> str:
-    return to_hex(colormaps[name](share))
+def _histogram(name: str, layer: LayerBits, colour: Colour, x: Axis, y: Axis) -> BarChart:
+    bars = []
+    for bits, count in enumerate(layer.bits):
+        if count:
+            share = number(100 * count / layer.values)
+            tip = f"{bits} bits: {count:,} of {layer.values:,} values ({share} %)"
+            top = math.log10(count / layer.values)
+            bars.append(Bar(bits + 0.1, bits + 0.9, y.low, top, colour, tip))
+    return BarChart(f"Frozen bits of the values of {name}", x, y, "frozen bits", "% of the values", bars, [])
+
+
+def _every(tasks: int) -> int:
+    """Return n, where a tick at every nth task has room for its text."""
+    return math.ceil(tasks / _MOST_NAMED)

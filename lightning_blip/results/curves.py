@@ -1,4 +1,4 @@
-"""Forgetting curves: every task's score while the later ones are learned, logged, tabulated and drawn."""
+"""ForgettingCurves: records the score on every task while later tasks are learned, and shows it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_blip.blip import BLIP
-from lightning_blip.metrics import average_score, backward_transfer, forgetting
-from lightning_blip.results import figures, loggers
+from lightning_blip.results import figures, loggers, names
 from lightning_blip.results.record import RECORD, Frozen, Predicted, RunRecord, Score, plain
 from lightning_blip.tasks.scores import task_score
 from lightning_blip.tasks.sequence import position, sequence
@@ -28,40 +27,35 @@ from lightning_blip.trainer.internals import optimizer_steps
 from lightning_blip.trainer.logging import define_axis, log_metrics, wandb_loggers
 
 _PACKAGES = ("lightning-blip", "pytorch-lightning", "torch")
-_METRICS = {
-    "average_score": average_score,
-    "backward_transfer": backward_transfer,
-    "forgetting": forgetting,
-}
 
 
 class ForgettingCurves(Callback):
-    """Keeps the score of each task while the later ones are learned, and shows it.
+    """Record the score on every task while later tasks are learned; log it, and write tables and pictures.
 
-    At every validation it logs the score of each task seen so far to every logger, as
-    ``forgetting/<metric>/<task>``; at each boundary, after the network was frozen, also
-    ``forgetting/average_score``, ``forgetting/backward_transfer`` and ``forgetting/forgetting``, which so
-    stand in the summary of a run. ``forgetting/position`` says where in the sequence that was, in tasks: i +
-    e/E after e of the E epochs of task i. Loggers that take charts (Weights & Biases, TensorBoard, MLflow)
-    get them at each boundary, see :func:`lightning_blip.results.loggers.show`.
+    At every validation the callback logs the score on each task seen so far to every logger, as
+    ``forgetting/<metric>/<task>``. At each boundary, after bits were frozen, it also logs
+    ``forgetting/average_score``, ``forgetting/backward_transfer`` and ``forgetting/forgetting``; their last
+    values stand in the summary of the run. ``forgetting/position`` is the position in the sequence, in tasks:
+    i + e/E after e of the E epochs of task i. Loggers that take charts (Weights & Biases, TensorBoard and
+    MLflow) get them at each boundary, see :func:`lightning_blip.results.loggers.show`.
 
-    It writes into the Trainer's log folder, at each boundary, ``forgetting.json``, a
-    :class:`~lightning_blip.results.record.RunRecord`, which ``lightning-blip report`` makes a page of;
-    and when the fit ends, ``forgetting.csv`` and ``forgetting.png``: a curve for each task, and R as a heat
-    map.
+    The callback writes into the Trainer's log folder. At each boundary it writes ``forgetting.json``, a
+    :class:`~lightning_blip.results.record.RunRecord`, from which ``lightning-blip report`` makes a page. When
+    the fit ends it writes ``forgetting.csv`` and ``forgetting.png``: one curve per task, and R as a heat map.
 
     Args:
-        metric: What the module logs in ``validation_step``; higher is better.
-        log_frozen_state: Whether Weights & Biases gets what BLIP has frozen, when the fit ends, as an
+        metric: The name of the metric that the module logs in ``validation_step``; higher is better.
+        log_frozen_state: Whether the fit, when it ends, logs what BLIP has frozen to Weights & Biases as an
             artifact.
-        ceilings: For each task the score that counts as 1, such as what a network reaches that learned it
-            alone: scores are divided by them before they are logged, kept or drawn, so that tasks of
-            different scales, as games are, can be compared and averaged. None leaves them as they are.
+        ceilings: For each task the score that counts as 1, such as the score of a network that learned the
+            task alone. Scores are divided by their ceilings before they are logged, recorded or drawn. So
+            tasks of different scales, such as games, can be compared and averaged. None leaves the scores as
+            they are.
 
     Raises:
-        ValueError: If a ceiling is not positive. In a fit, if the module does not log the metric, there is no
-            sequence of tasks, or not one ceiling for each of them; in a resumed one, if scores were divided
-            by others before.
+        ValueError: If a ceiling is not positive. In a fit, if the module does not log the metric, the Trainer
+            has no sequence of tasks, or there is not one ceiling per task. In a resumed fit, if the scores of
+            the checkpoint were divided by other ceilings.
 
     Example:
         >>> curves = ForgettingCurves("val_acc")
@@ -87,7 +81,7 @@ class ForgettingCurves(Callback):
         self._at_boundary = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes room for the scores of the sequence, unless it is the rest of one that was begun."""
+        """Clear the record, unless the fit continues a sequence that was begun before."""
         if stage != "fit":
             return
         tasks = sequence(trainer)
@@ -101,26 +95,25 @@ class ForgettingCurves(Callback):
             self._scores, self._frozen, self._predicted = [], [], []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives the curves their own axis."""
+        """Make the position in the sequence the x axis of the scores in Weights & Biases."""
         self._warn_of_missing(trainer)
-        scores = [f"{self.metric}/{task.name}" for task in sequence(trainer).tasks]
-        define_axis(trainer, "forgetting", [*scores, *_METRICS])
+        tasks = [task.name for task in sequence(trainer).tasks]
+        define_axis(trainer, names.GROUP, names.metric_names(self.metric, tasks))
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """The next validation is that of the network as the boundary leaves it."""
+        """Note that the next validation scores the network as the boundary leaves it."""
         self._at_boundary = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes down and logs the score of each task seen so far."""
+        """Record and log the score on each task seen so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         learning = sequence(trainer).task
         place = learning.index + 1.0 if self._at_boundary else position(trainer)
-        logged = self._take_down(trainer, learning, place)
+        logged = names.score_metrics(self.metric, place, self._record_scores(trainer, learning, place))
         blip = _blip(trainer)
         if self._at_boundary:
-            metrics = {name: float(metric(self.matrix)) for name, metric in _METRICS.items()}
-            logged |= {f"forgetting/{name}": value for name, value in metrics.items() if isfinite(value)}
+            logged |= names.matrix_metrics(self.matrix)
             if blip is not None and blip.last_boundary is not None:
                 self._frozen.append(Frozen.of(learning.name, blip.last_boundary))
                 self._predicted.append(Predicted(place, self._frozen[-1].predicted_forgetting))
@@ -129,25 +122,25 @@ class ForgettingCurves(Callback):
         log_metrics(trainer, logged)
         if self._at_boundary:
             self._at_boundary = False
-            self._report(trainer)
+            self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the record, the table and the picture."""
-        self._report(trainer, whole=True)
+        """Write the record, the table and the picture."""
+        self._write(trainer, fit_ended=True)
 
     def record(self, trainer: pl.Trainer) -> RunRecord:
-        """All that was measured so far.
+        """Return all that was measured so far.
 
         Args:
-            trainer: The Trainer, whose settings are part of it.
+            trainer: The Trainer, whose settings become part of the record.
 
         Returns:
             The record.
         """
         tasks, blip = sequence(trainer), _blip(trainer)
-        names = [task.name for task in tasks.tasks]
+        task_names = [task.name for task in tasks.tasks]
         settings = {
-            "ceilings": self.ceilings and dict(zip(names, self.ceilings, strict=True)),
+            "ceilings": self.ceilings and dict(zip(task_names, self.ceilings, strict=True)),
             "blip": blip and blip.as_dict(),
             "chosen": blip and blip.chosen,
             "stream": {"tasks": len(tasks), "epochs": tasks.epochs, "batch_size": tasks.batch_size},
@@ -156,7 +149,7 @@ class ForgettingCurves(Callback):
         }
         return RunRecord(
             self.metric if self.ceilings is None else f"{self.metric} / ceiling",
-            names,
+            task_names,
             self.matrix.tolist(),
             list(self._scores),
             list(self._frozen),
@@ -165,7 +158,7 @@ class ForgettingCurves(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far: a resumed fit adds to it."""
+        """Return all that was measured so far, so that a resumed fit adds to it."""
         return {
             "matrix": self.matrix,
             "history": [asdict(score) for score in self._scores],
@@ -175,17 +168,17 @@ class ForgettingCurves(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from the scores of a saved fit, whose sequence may have been shorter.
+        """Restore what a saved fit measured; the sequence of that fit may have been shorter.
 
         Raises:
-            ValueError: If they were divided by other ceilings.
+            ValueError: If the saved scores were divided by other ceilings.
         """
         saved: Tensor = state_dict["matrix"]
         ceilings = state_dict.get("ceilings")
         if ceilings != (self.ceilings and self.ceilings[: len(saved)]):
             raise ValueError(
-                f"ceilings={self.ceilings} differ from the checkpoint's {ceilings}, which its scores were "
-                f"divided by: resume with ForgettingCurves(ceilings={ceilings})"
+                f"ceilings={self.ceilings} differ from the checkpoint's {ceilings}, by which its scores were "
+                f"divided: resume with ForgettingCurves(ceilings={ceilings})"
             )
         more = max(0, len(self.matrix) - len(saved))
         self.matrix = F.pad(saved, (0, more, 0, more), value=torch.nan)
@@ -194,50 +187,48 @@ class ForgettingCurves(Callback):
         self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
 
     def _warn_of_missing(self, trainer: pl.Trainer) -> None:
-        """Tells at once, not after the fit, that there will be no frozen state to log, or nowhere to."""
+        """Warn before the training if nothing can be logged at its end."""
         if not self.log_frozen_state or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # a trial run has its loggers taken away
+            return  # Lightning removes the loggers of a trial run
         for needed, found in (("BLIP", _blip(trainer)), ("WandbLogger", wandb_loggers(trainer))):
             if not found:
                 rank_zero_warn(f"log_frozen_state=True does nothing: the Trainer has no {needed}")
 
-    def _take_down(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
-        """Notes the scores of a validation, and gives them by the names that they are logged by."""
+    def _record_scores(self, trainer: pl.Trainer, learning: Task, place: float) -> dict[str, float]:
+        """Record the scores of a validation; return them by the names of the tasks."""
         seen = sequence(trainer).tasks[: learning.index + 1]
-        step = optimizer_steps(trainer)
-        logged = {"forgetting/position": place}
+        step, epoch = optimizer_steps(trainer), trainer.current_epoch
+        scores = {}
         for task in seen:
             score = task_score(trainer.callback_metrics, self.metric, task.index, alone=len(seen) == 1)
             score /= 1.0 if self.ceilings is None else self.ceilings[task.index]
-            self.matrix[learning.index, task.index] = score
-            logged[f"forgetting/{self.metric}/{task.name}"] = score
-            self._scores.append(
-                Score(step, trainer.current_epoch, place, learning.name, task.name, score, self._at_boundary)
-            )
-        return logged
+            self.matrix[learning.index, task.index] = scores[task.name] = score
+            self._scores.append(Score(step, epoch, place, learning.name, task.name, score, self._at_boundary))
+        return scores
 
-    def _report(self, trainer: pl.Trainer, whole: bool = False) -> None:
-        """Writes and shows what there is so far; with the whole fit done, also the table and the picture."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every process takes part
+    def _write(self, trainer: pl.Trainer, fit_ended: bool = False) -> None:
+        """Write the record; show it in the loggers or, after the fit, write the table and the picture."""
+        # Lightning broadcasts the folder, so every process must ask for it.
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
         if not self._scores or not trainer.is_global_zero:
             return
         record = self.record(trainer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             record.write(folder / RECORD)
-            if whole:
+            if fit_ended:
                 self._write_table(folder / "forgetting.csv")
                 figures.overview(record).savefig(folder / "forgetting.png", dpi=120)
                 self._save_frozen_state(trainer)
             else:
                 loggers.show(trainer, record)
-        except OSError as error:  # such as a full disk: no reason to lose what was learned
+        except OSError as error:  # a full disk, for example, must not end the fit
             rank_zero_warn(
                 f"The forgetting curves up to task {self._scores[-1].learning!r} could not be written into "
                 f"{folder}, or shown by the loggers: {error}. They are still in curves.matrix"
             )
             return
-        if whole:
+        if fit_ended:
             rank_zero_info(f"Forgetting curves: {folder / 'forgetting.csv'} and {folder / 'forgetting.png'}")
 
     def _save_frozen_state(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Shows the record of a run in whatever loggers a Trainer has, each in its own way."""
+"""Sends the charts of a run to the loggers of a Trainer, each logger by its own function."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from lightning_blip.results import figures
-from lightning_blip.results.record import RunRecord, Score
+from lightning_blip.results import figures, names
+from lightning_blip.results.record import RunRecord
 from lightning_blip.trainer.classes import is_a
 from lightning_blip.trainer.logging import wandb_loggers
 
@@ -19,38 +19,29 @@ if TYPE_CHECKING:
 
 
 def show(trainer: pl.Trainer, record: RunRecord) -> None:
-    """Sends the charts of a record to every logger that takes charts.
+    """Send the charts of a record to every logger that takes charts; only rank 0 calls this.
 
-    Weights & Biases gets ``forgetting/curves`` (a line for each task), ``forgetting/matrix`` (R as a picture)
-    and ``forgetting/R`` (as a table), and of BLIP ``blip/capacity`` (a picture, stacked by layer) and
-    ``blip/bits/<layer>`` (histograms); TensorBoard and MLflow get the pictures.
+    Weights & Biases gets ``forgetting/curves`` (one line per task), ``forgetting/matrix`` (R as a picture)
+    and ``forgetting/R`` (R as a table). With BLIP it also gets ``blip/capacity`` (a picture, stacked by
+    layer) and ``blip/bits/<layer>`` (histograms). TensorBoard and MLflow get the pictures.
 
     Args:
         trainer: The Trainer.
-        record: With one boundary at least.
+        record: A record with at least one boundary.
     """
-    if not trainer.is_global_zero:
-        return
-    step = record.scores[-1].step
-    logger: Any  # each kind has another experiment
     for logger in trainer.loggers:
-        if is_a(logger, "WandbLogger"):
-            logger.log_metrics(_wandb_charts(record), step=step)
-        elif is_a(logger, "TensorBoardLogger"):
-            for name, picture in _pictures(record).items():
-                logger.experiment.add_figure(name, picture, global_step=step)
-        elif is_a(logger, "MLFlowLogger"):
-            for name, picture in _pictures(record).items():
-                logger.experiment.log_figure(logger.run_id, picture, f"{name}.png")
+        for kind, send in _SENDERS.items():
+            if is_a(logger, kind):
+                send(logger, record)
 
 
 def save_frozen_state(trainer: pl.Trainer, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Logs what BLIP has frozen as an artifact of Weights & Biases.
+    """Log what BLIP has frozen as an artifact of Weights & Biases.
 
     Args:
         trainer: The Trainer.
-        state: ``BLIP.state_dict()``; it is saved by ``torch.save`` as ``frozen.pt``.
-        metadata: What is shown of it.
+        state: ``BLIP.state_dict()``, which ``torch.save`` writes into the artifact as ``frozen.pt``.
+        metadata: The metadata of the artifact.
     """
     for logger in wandb_loggers(trainer):
         import wandb
@@ -62,48 +53,70 @@ def save_frozen_state(trainer: pl.Trainer, state: dict[str, Any], metadata: dict
         run.log_artifact(artifact)
 
 
-def _pictures(record: RunRecord) -> dict[str, Figure]:
-    named = {
-        "forgetting/curves": figures.curves_picture(record),
-        "forgetting/matrix": figures.matrix_picture(record),
-    }
-    if record.frozen:
-        named["blip/capacity"] = figures.capacity_picture(record)
-    return named
-
-
-def _wandb_charts(record: RunRecord) -> dict[str, Any]:
+def _send_to_wandb(logger: Any, record: RunRecord) -> None:
     import wandb
 
-    lines: dict[str, list[Score]] = {name: [] for name in record.seen}
-    for one in record.scores:
-        if isfinite(one.score) and isfinite(one.position):  # nothing else can be written to a table
-            lines[one.task].append(one)
     position = record.scores[-1].position
-    charts: dict[str, Any] = {
-        "forgetting/position": position,
-        "forgetting/curves": wandb.plot.line_series(
-            xs=[[one.position for one in scores] for scores in lines.values()],
-            ys=[[one.score for one in scores] for scores in lines.values()],
-            keys=list(lines),
-            title=f"{record.metric} of each task",
-            xname="tasks learned",
-        ),
-        "forgetting/matrix": wandb.Image(figures.matrix_picture(record)),
-        "forgetting/R": wandb.Table(
+    sent: dict[str, Any] = {
+        names.POSITION: position,
+        names.CURVES: _wandb_lines(record),
+        names.MATRIX: wandb.Image(figures.matrix_picture(record)),
+        names.TABLE: wandb.Table(
             ["after learning", *record.tasks],
             [
-                [name, *(score if isfinite(score) else None for score in row)]
-                for name, row in zip(record.tasks, record.matrix, strict=True)
+                [task, *(score if isfinite(score) else None for score in row)]
+                for task, row in zip(record.tasks, record.matrix, strict=True)
             ],
         ),
     }
     if record.frozen:
-        charts |= {
-            "blip/position": position,
-            "blip/capacity": wandb.Image(figures.capacity_picture(record)),
+        sent |= {
+            names.BLIP_POSITION: position,
+            names.CAPACITY: wandb.Image(figures.capacity_picture(record)),
         }
         for name, layer in record.frozen[-1].layers.items():
             edges = np.arange(len(layer.bits) + 1) - 0.5
-            charts[f"blip/bits/{name}"] = wandb.Histogram(np_histogram=(np.array(layer.bits), edges))
-    return charts
+            sent[f"{names.BITS}/{name}"] = wandb.Histogram(np_histogram=(np.array(layer.bits), edges))
+    logger.log_metrics(sent, step=record.scores[-1].step)
+
+
+def _wandb_lines(record: RunRecord) -> Any:
+    """Return a chart with one line per task, which Weights & Biases draws itself."""
+    import wandb
+
+    lines = {
+        task: [
+            one for one in scores if isfinite(one.score) and isfinite(one.position)
+        ]  # a table takes no NaN
+        for task, scores in record.scores_by_task.items()
+    }
+    return wandb.plot.line_series(
+        xs=[[one.position for one in scores] for scores in lines.values()],
+        ys=[[one.score for one in scores] for scores in lines.values()],
+        keys=list(lines),
+        title=f"{record.metric} of each task",
+        xname="tasks learned",
+    )
+
+
+def _send_to_tensorboard(logger: Any, record: RunRecord) -> None:
+    for name, picture in _pictures(record).items():
+        logger.experiment.add_figure(name, picture, global_step=record.scores[-1].step)
+
+
+def _send_to_mlflow(logger: Any, record: RunRecord) -> None:
+    for name, picture in _pictures(record).items():
+        logger.experiment.log_figure(logger.run_id, picture, f"{name}.png")
+
+
+def _pictures(record: RunRecord) -> dict[str, Figure]:
+    named = {names.CURVES: figures.curves_picture(record), names.MATRIX: figures.matrix_picture(record)}
+    return named | ({names.CAPACITY: figures.capacity_picture(record)} if record.frozen else {})
+
+
+# The function that sends to a logger, by the name of the logger's class.
+_SENDERS = {
+    "WandbLogger": _send_to_wandb,
+    "TensorBoardLogger": _send_to_tensorboard,
+    "MLFlowLogger": _send_to_mlflow,
+}

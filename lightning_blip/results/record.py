@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_blip.boundary import BoundaryReport
 
-#: Of what is written.
+#: The version of the file's format.
 VERSION = 1
-#: The file's name, in the log folder of a run.
+#: The name of the file, in the log folder of a run.
 RECORD = "forgetting.json"
 
 
@@ -22,14 +22,14 @@ class Score:
     """The score on one task at one validation.
 
     Attributes:
-        step: How many optimizer steps were done.
+        step: The number of optimizer steps that were done.
         epoch: The epoch, counted over all tasks from 0.
-        position: Where in the sequence, in tasks: i + e/E after e of the E epochs of task i. A boundary lies
-            on a whole number, even where a task ended early.
-        learning: Name of the task being learned.
-        task: Name of the task that was scored.
-        score: What the metric gave.
-        boundary: Whether the network was just frozen.
+        position: The position in the sequence, in tasks: i + e/E after e of the E epochs of task i. A
+            boundary lies on a whole number, even where a task ended early.
+        learning: The name of the task being learned.
+        task: The name of the task that was scored.
+        score: The value of the metric.
+        boundary: Whether bits had just been frozen.
     """
 
     step: int
@@ -46,10 +46,10 @@ class LayerBits:
     """What is frozen in one layer.
 
     Attributes:
-        values: How many parameters, or coordinates, it has.
+        values: The number of parameters, or of coordinates in the Kronecker basis.
         used_capacity: Σ bits / Σ N, 0 to 1.
-        information_gain: What the task told about it, in bits.
-        bits: How many of its values have 0, 1, …, N frozen bits.
+        information_gain: What the task added to the layer's information, in bits.
+        bits: The number of values with 0, 1, …, N frozen bits.
     """
 
     values: int
@@ -63,11 +63,12 @@ class Frozen:
     """What is frozen after a boundary.
 
     Attributes:
-        task: Name of the task that was learned.
+        task: The name of the task that was learned.
         used_capacity: Σ bits / Σ N over the network, 0 to 1.
-        predicted_forgetting: What learning the task has the past ones forget, in nats a sample.
-        information_gain: What the task told, in bits.
-        layers: By the name of the module, in the network's order.
+        predicted_forgetting: The predicted rise of the past tasks' loss by learning the task, in nats per
+            sample.
+        information_gain: What the task added to the network's information, in bits.
+        layers: One entry per layer, by the name of its module, in the network's order.
     """
 
     task: str
@@ -101,10 +102,10 @@ class Frozen:
         return cls(task, report.used_capacity, report.predicted_forgetting, report.information_gain, layers)
 
     def share_of_bits(self, layers: Iterable[str]) -> float:
-        """The frozen bits of some layers, as a share of all bits of the network.
+        """Return the frozen bits of some layers, as a share of all bits of the network.
 
         Args:
-            layers: By name; one that was not there yet has none.
+            layers: The names of the layers; a layer that only a later task brought has no frozen bits.
 
         Returns:
             The share, 0 to 1.
@@ -119,13 +120,14 @@ class Frozen:
         return sum(layer.used_capacity * layer.values for layer in known) / values
 
     def grouped(self, most: int) -> dict[str, list[str]]:
-        """The layers with the most frozen bits by themselves, and the others together.
+        """Return the layers in groups: each of those with the most frozen bits alone, all others together.
 
         Args:
-            most: How many are by themselves.
+            most: The number of layers that are alone.
 
         Returns:
-            Names of layers by what the group is called: first those by themselves, in the network's order.
+            The names of the layers in each group, by the name of the group. The layers that are alone come
+            first, in the network's order.
         """
         names = list(self.layers)
         largest = sorted(names, key=lambda name: -self.share_of_bits([name]))[:most]
@@ -135,7 +137,7 @@ class Frozen:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Frozen:
-        """From what ``dataclasses.asdict`` made of it."""
+        """Return the object from which ``dataclasses.asdict`` made a dict."""
         layers = {name: LayerBits(**layer) for name, layer in plain["layers"].items()}
         return cls(**{**plain, "layers": layers})
 
@@ -145,8 +147,8 @@ class Predicted:
     """The forgetting that BLIP predicted at one moment of the training.
 
     Attributes:
-        position: As in :class:`Score`.
-        forgetting: In nats a sample of each past task.
+        position: The position in the sequence, as in :class:`Score`.
+        forgetting: The predicted rise of the past tasks' loss, in nats per sample.
     """
 
     position: float
@@ -155,17 +157,17 @@ class Predicted:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that was measured while a sequence was learned; plain values, which a JSON file holds.
+    """All that was measured while a sequence was learned, in plain values, which a JSON file holds.
 
     Attributes:
-        metric: What was scored; higher is better. Where scores were divided by ceilings, it says so.
-        tasks: Names of all tasks of the sequence.
+        metric: The name of the metric; higher is better. It says so if scores were divided by ceilings.
+        tasks: The names of all tasks of the sequence.
         matrix: R, T rows of T: the score on task j after learning task i, NaN where not measured.
-        scores: One for each validation and task seen by then.
-        frozen: One for each boundary where BLIP froze something.
-        predicted: Forgetting as BLIP predicted it while the tasks were trained.
+        scores: One per validation and task seen by then.
+        frozen: One per boundary at which BLIP froze bits.
+        predicted: The forgetting that BLIP predicted while the tasks were trained.
         settings: ``"blip"`` and ``"chosen"`` (None without BLIP), ``"stream"``, ``"ceilings"`` by task (None
-            where scores are as they were logged), ``"hyperparameters"`` of the module, and ``"versions"``.
+            if scores are as they were logged), ``"hyperparameters"`` of the module, and ``"versions"``.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -185,34 +187,43 @@ class RunRecord:
     settings: dict[str, Any]
 
     @property
+    def scores_by_task(self) -> dict[str, list[Score]]:
+        """The scores on each task that was scored, in the order in which the tasks were learned."""
+        by_task: dict[str, list[Score]] = {}
+        for score in self.scores:
+            by_task.setdefault(score.task, []).append(score)
+        return by_task
+
+    @property
     def seen(self) -> list[str]:
-        """Names of the tasks that were scored, in the order in which they were learned."""
-        return list(dict.fromkeys(score.task for score in self.scores))
+        """The names of the tasks that were scored, in the order in which they were learned."""
+        return list(self.scores_by_task)
+
+    @property
+    def all_scores(self) -> list[float]:
+        """The values of all scores: those of the validations, and those of R."""
+        return [score.score for score in self.scores] + [score for row in self.matrix for score in row]
 
     def write(self, path: str | Path) -> None:
-        """Writes it, so that a reader sees all of it or what was there before.
+        """Write the record as JSON, so that a reader sees either all of it or the file as it was before.
 
         Args:
-            path: Of the JSON file. Numbers that are not finite become null.
+            path: The JSON file. Numbers that are not finite become null.
         """
-        path = Path(path)
-        half = path.with_name(f"{path.name}.tmp")
-        text = json.dumps(plain({"version": VERSION, **asdict(self)}), allow_nan=False, ensure_ascii=False)
-        half.write_text(text + "\n", encoding="utf-8")
-        half.replace(path)
+        write_json(path, plain({"version": VERSION, **asdict(self)}))
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Reads what :meth:`write` wrote.
+        """Return the record that :meth:`write` wrote.
 
         Args:
-            path: Of the JSON file.
+            path: The JSON file.
 
         Returns:
             The record; NaN stands where the file has null for a number.
 
         Raises:
-            ValueError: If the file is no record, or one of a later version.
+            ValueError: If the file is not a record, or a record of a later version.
         """
         path = Path(path)
         try:
@@ -220,7 +231,8 @@ class RunRecord:
             version = saved.pop("version")
             if version > VERSION:
                 raise ValueError(
-                    f"it is of version {version}, this is version {VERSION}: update lightning-blip"
+                    f"it has version {version}, and this lightning-blip reads version {VERSION}: update "
+                    "lightning-blip"
                 )
             settings = saved.pop("settings")
             saved = _with_nan(saved)
@@ -234,19 +246,38 @@ class RunRecord:
                 settings,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"path={str(path)!r} holds no record of a run that can be read: {error}"
-            ) from error
+            raise ValueError(f"path={str(path)!r} is not a readable record of a run: {error}") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    r"""Write a value as JSON, so that a reader sees either all of it or the file as it was before.
+
+    Args:
+        path: The file.
+        value: What ``json`` can write; anything else within it is written as its ``str``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_json(Path(folder) / "sizes.json", {"sizes": [1, 2]})
+        ...     (Path(folder) / "sizes.json").read_text()
+        '{"sizes": [1, 2]}\n'
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def plain(value: Any) -> Any:
-    """Any value in the types that JSON knows: what is not finite as None, anything else by its name or repr.
+    """Return any value in the types of JSON: None for a number that is not finite, else a name or the repr.
 
     Args:
-        value: Such as hyperparameters.
+        value: Any value, such as hyperparameters.
 
     Returns:
-        It, made of dicts, lists, strings, numbers, True, False and None.
+        The same, made of dicts, lists, strings, numbers, True, False and None.
 
     Example:
         >>> plain({"rate": 0.1, "sizes": (2, float("nan")), "activation": math.sqrt})
@@ -264,7 +295,7 @@ def plain(value: Any) -> Any:
 
 
 def _with_nan(value: Any) -> Any:
-    """What was written as null is a number that is not finite: nothing else of a record, but settings, is."""
+    """Return a value with NaN for None: outside its settings, a record has None only for such numbers."""
     if isinstance(value, dict):
         return {name: _with_nan(part) for name, part in value.items()}
     if isinstance(value, list):

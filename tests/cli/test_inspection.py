@@ -1,21 +1,21 @@
-"""What is frozen in a checkpoint: as BLIP itself counts it, from whichever file, or a sentence about it."""
+"""``lightning-blip inspect`` shows what BLIP has frozen, and refuses other files in a sentence."""
 
 import re
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from lightning_blip import BLIP
 from lightning_blip.checkpoint import VERSION
 from lightning_blip.cli import main as cli
 from lightning_blip.cli.inspection import frozen_layers, read_blip, whole_network
-from tests.helpers.networks import QUIET, Net, pairs
+from tests.helpers.fitting import fit
+from tests.helpers.networks import Net
 
 
 class Mine(BLIP):
-    """Of a user's own: Lightning calls its state by another name."""
+    """A user's subclass, whose state Lightning saves under another name."""
 
 
 class Foreign:
@@ -24,17 +24,16 @@ class Foreign:
 
 @pytest.fixture(scope="module", params=["diagonal", "kronecker", "paper"])
 def trained(request, tmp_path_factory):
-    """A BLIP, and the checkpoint that holds it."""
+    """Return a trained BLIP, and the checkpoint that holds it."""
     kinds = {"diagonal": Mine, "kronecker": lambda: BLIP(basis="kronecker"), "paper": BLIP.paper}
     blip = kinds[request.param]()
-    trainer = pl.Trainer(**QUIET, callbacks=[blip])
-    trainer.fit(Net(norm=True), datamodule=pairs())
+    trainer = fit(blip, Net(norm=True))
     path = tmp_path_factory.mktemp("trained") / "whole.ckpt"
     trainer.save_checkpoint(path)
     return blip, path
 
 
-def test_layers_are_counted(trained):
+def test_the_frozen_bits_of_each_layer_are_counted(trained):
     blip, _ = trained
     layers = frozen_layers(blip)
     assert sorted(layer.name for layer in layers) == ["body.0", "body.1", "head"]
@@ -51,7 +50,7 @@ def test_layers_are_counted(trained):
     assert network.used_capacity == pytest.approx(blip.used_capacity)
 
 
-def test_a_file_holds_what_was_trained(trained, tmp_path):
+def test_a_checkpoint_and_a_saved_state_are_read_as_they_were_trained(trained, tmp_path):
     blip, path = trained
     torch.save(blip.state_dict(), tmp_path / "alone.pt")
     for file in (path, tmp_path / "alone.pt"):
@@ -60,13 +59,14 @@ def test_a_file_holds_what_was_trained(trained, tmp_path):
         assert (again.tasks_learned, again.chosen, again.basis) == (3, blip.chosen, blip.basis)
 
 
-def test_it_is_shown(trained, capsys, monkeypatch):
+def test_the_printed_table_and_histogram_hold_the_counts(trained, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     blip, path = trained
     cli.main(["inspect", str(path)])
     printed = capsys.readouterr().out
     first = printed.splitlines()[0]
     assert first.startswith(f"3 tasks learned, {blip.basis} basis")
+    assert blip.chosen
     for name, value in blip.chosen.items():
         assert f"{name} {value:.3g}" in first
     rows = {
@@ -90,18 +90,18 @@ def test_it_is_shown(trained, capsys, monkeypatch):
     }
     counts = layers[-1].counts
     assert {n: count for n, (_, count) in bars.items()} == dict(enumerate(counts[: max(bars) + 1]))
-    assert not any(counts[max(bars) + 1 :])
+    assert sum(counts[max(bars) + 1 :]) == 0
     assert all(length == int(40 * count / max(counts)) for length, count in bars.values())
 
 
-def test_nothing_learned_is_shown_too(tmp_path, capsys):
+def test_a_blip_that_learned_nothing_is_shown(tmp_path, capsys):
     torch.save(BLIP().state_dict(), tmp_path / "new.pt")
     cli.main(["inspect", str(tmp_path / "new.pt")])
     assert capsys.readouterr().out.startswith("0 tasks learned, diagonal basis")
 
 
 def spoiled(how, path, tmp_path):
-    """The file, or another, as it should not be."""
+    """Write a file that is spoiled in one way, and return its path."""
     file = tmp_path / "spoiled.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (state,) = (part for part in checkpoint["callbacks"].values() if "frozen" in part)
@@ -129,35 +129,35 @@ def spoiled(how, path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "expected"),
     [
         ("missing", "cannot be read: No such file or directory"),
         ("folder", "cannot be read: Is a directory"),
-        ("text", "is no checkpoint, or was cut short"),
-        ("empty", "is no checkpoint, or was cut short"),
-        ("cut", "is no checkpoint, or was cut short"),
-        ("without", "holds nothing that BLIP has learned"),
-        ("tensor", "holds nothing that BLIP has learned"),
+        ("text", "is not a checkpoint, or was cut short"),
+        ("empty", "is not a checkpoint, or was cut short"),
+        ("cut", "is not a checkpoint, or was cut short"),
+        ("without", "holds no state of BLIP"),
+        ("tensor", "holds no state of BLIP"),
         ("newer", f"version {VERSION + 1} of what BLIP learned, this is version {VERSION}: update"),
         ("damaged", "damaged"),
-        ("foreign", "holds a tests.cli.test_inspection.Foreign besides"),
+        ("foreign", "also holds a tests.cli.test_inspection.Foreign"),
     ],
 )
-def test_what_cannot_be_read_is_told_in_a_sentence(how, told, trained, tmp_path):
+def test_files_that_cannot_be_read_are_refused_in_a_sentence(how, expected, trained, tmp_path):
     file = spoiled(how, trained[1], tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.main(["inspect", str(file)])
     message = str(end.value.code)
     assert message.startswith(str(file))
-    assert told in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_the_way_out_of_foreign_types_works(trained, tmp_path):
+def test_the_code_in_the_message_about_foreign_types_works(trained, tmp_path):
     blip, path = trained
     file = spoiled("foreign", path, tmp_path)
-    with pytest.raises(ValueError, match="Foreign") as told:
+    with pytest.raises(ValueError, match="Foreign") as error:
         read_blip(file)
-    code = re.search(r"torch\.save\(.*\"blip\.pt\"\)", str(told.value))[0]
+    code = re.search(r"torch\.save\(.*\"blip\.pt\"\)", str(error.value))[0]
     exec(code.replace('"BLIP"', repr(blip.state_key)), {"torch": torch, "path": file})
     assert frozen_layers(read_blip(Path("blip.pt"))) == frozen_layers(blip)

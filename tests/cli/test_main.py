@@ -1,4 +1,4 @@
-"""The command line: each command does what its Python twin does, and tells what is wrong in a sentence."""
+"""The command line: each command does the same as a script, and errors are reported in a sentence."""
 
 import json
 import re
@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 import lightning_blip
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule
 from lightning_blip.cli import main as cli
-from tests.helpers.networks import QUIET, Net, pairs
+from tests.helpers.fitting import fit, same
+from tests.helpers.networks import Net
 
 SAMPLES = {
     "train": {"class_path": "tests.helpers.networks.blobs"},
@@ -44,7 +45,7 @@ CONFIG = {
 
 
 class Turned(TaskSequenceDataModule):
-    """A subclass, as a user's may be, which makes its own tasks."""
+    """A user's subclass, which makes its tasks itself."""
 
     def __init__(self, angles: list[float], batch_size: int = 4) -> None:
         tasks = TaskSequenceDataModule.rotate(images(), images(), degrees=angles).tasks
@@ -62,7 +63,7 @@ class OfImages(Net):
 
 
 class Dying(pl.Callback):
-    """Ends a run in the midst of its second task, as a power cut would."""
+    """Ends a run during its second task, as a power cut would."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.current_epoch == 3 and batch_idx == 1:
@@ -70,7 +71,7 @@ class Dying(pl.Callback):
 
 
 def run(command, *options, **changes):
-    """A command with the configuration above, changed; the log folder that it made."""
+    """Run a command with CONFIG and changes to it; return the log folder that the command made."""
     Path("config.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
     before = set(Path("logs").glob("*"))
     cli.main([command, "--config", "config.yaml", *options])
@@ -88,26 +89,24 @@ def record(log_folder):
 
 
 def same_run(one, other):
-    assert all(saved(one)["state_dict"][name].equal(w) for name, w in saved(other)["state_dict"].items())
+    assert same(saved(one)["state_dict"], saved(other)["state_dict"])
     assert record(one)["matrix"] == record(other)["matrix"]
     assert record(one)["settings"]["blip"] == record(other)["settings"]["blip"]
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """The log folder of a run."""
+    """Return the log folder of a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("learned"))
         return run("fit").resolve()
 
 
-def test_fit_learns_what_a_script_does(learned):
+def test_fit_trains_the_same_network_as_a_script(learned):
     pl.seed_everything(0, verbose=False)
     blip, curves, module = BLIP(basis="kronecker"), ForgettingCurves(), Net(heads=3)
-    trainer = pl.Trainer(**QUIET, callbacks=[blip, curves])
-    trainer.fit(module, datamodule=pairs())
-    for name, value in module.state_dict().items():
-        assert saved(learned)["state_dict"][name].equal(value)
+    fit([blip, curves], module)
+    assert same(saved(learned)["state_dict"], dict(module.state_dict()))
     nan_as_null = [[None if score != score else score for score in row] for row in curves.matrix.tolist()]
     assert record(learned)["matrix"] == nan_as_null
 
@@ -126,7 +125,7 @@ def test_a_seed_that_was_drawn_is_saved():
     same_run(first, *(set(Path("logs").glob("*")) - {first}))
 
 
-def test_the_command_line_comes_before_the_file():
+def test_options_on_the_command_line_override_the_file():
     folder = run("fit", "--blip.basis=diagonal", "--blip.prior", "1e-3", "--data.epochs_per_task", "1")
     settings = record(folder)["settings"]
     assert settings["blip"]["basis"] == "diagonal"
@@ -134,14 +133,19 @@ def test_the_command_line_comes_before_the_file():
     assert settings["stream"]["epochs"] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("options", [["--blip", "null"], ["--blip=null", "--curves=null"]])
-def test_null_leaves_out(options):
+@pytest.mark.parametrize(
+    ("options", "recorded"), [(["--blip", "null"], True), (["--blip=null", "--curves=null"], False)]
+)
+def test_null_leaves_a_callback_out(options, recorded, learned):
+    assert {"BLIP", "ForgettingCurves"} <= saved(learned)["callbacks"].keys()
     folder = run("fit", *options)
-    assert not {"BLIP", "lightning_blip"} & saved(folder)["callbacks"].keys()
-    assert (folder / "forgetting.json").exists() == (len(options) == 2 and options[0] == "--blip")
+    callbacks = saved(folder)["callbacks"]
+    assert "BLIP" not in callbacks
+    assert ("ForgettingCurves" in callbacks) == recorded
+    assert (folder / "forgetting.json").exists() == recorded
 
 
-def test_the_paper_can_be_had_too():
+def test_the_settings_of_the_paper_can_be_chosen():
     folder = run("fit", blip={"class_path": "lightning_blip.BLIP.paper", "init_args": {"prior": 1e-12}})
     assert record(folder)["settings"]["blip"]["rule"] == "paper"
     assert record(folder)["settings"]["chosen"]["prior"] == pytest.approx(1e-8)
@@ -154,12 +158,12 @@ def test_the_optimizer_can_be_chosen():
     assert "betas" in group
 
 
-def test_an_optimizer_and_a_schedule_begin_anew_with_each_task():
+def test_an_optimizer_and_a_schedule_start_anew_with_each_task():
     chosen = ("--optimizer", "torch.optim.Adam", "--optimizer.lr", "0.02")
     schedule = ("--lr_scheduler", "torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size", "1")
     checkpoint = saved(run("fit", *chosen, *schedule))
     steps = {float(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()}
-    assert steps == {6.0}  # two epochs of three batches, not those of three tasks
+    assert steps == {6.0}  # two epochs of three batches: those of one task
     assert checkpoint["lr_schedulers"][0]["last_epoch"] <= 2
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.02
 
@@ -183,7 +187,7 @@ def test_an_optimizer_and_a_schedule_begin_anew_with_each_task():
         (None, {"angles": [0.0, 45.0]}, ["0°", "45°"]),
     ],
 )
-def test_every_way_to_make_a_sequence_can_be_named(maker, arguments, names):
+def test_every_way_to_make_a_sequence_can_be_chosen(maker, arguments, names):
     path = "tests.cli.test_main.Turned" if maker is None else f"lightning_blip.TaskSequenceDataModule.{maker}"
     of_images = maker in ("rotate", None)
     model = {"class_path": "tests.cli.test_main.OfImages" if of_images else "tests.helpers.networks.Net"}
@@ -193,7 +197,7 @@ def test_every_way_to_make_a_sequence_can_be_named(maker, arguments, names):
 
 
 @pytest.mark.parametrize("root", [".", "runs"])
-def test_last_goes_on_where_a_run_died(root, learned):
+def test_last_continues_a_run_that_was_interrupted(root, learned):
     trainer = {**deepcopy(CONFIG["trainer"]), "default_root_dir": root}
     trainer["logger"]["init_args"]["save_dir"] = root
     dying = {**trainer, "callbacks": [{"class_path": "tests.cli.test_main.Dying"}]}
@@ -203,37 +207,37 @@ def test_last_goes_on_where_a_run_died(root, learned):
     assert first == {"version_0"}
     run("fit", "--ckpt_path", "last", trainer=trainer)
     same_run(Path(root, "logs", "version_1"), learned)
-    # With nothing to go on from, a run begins.
+    # Without a checkpoint, the run starts from the beginning.
     empty = {**trainer, "default_root_dir": "empty"}
     run("fit", "--ckpt_path=last", trainer=empty)
     same_run(Path(root, "logs", "version_2"), learned)
 
 
-def test_last_is_lightnings_where_checkpoints_have_their_folder(learned):
+def test_last_is_the_checkpoint_in_the_folder_of_a_checkpoint_callback(learned):
     kept = {"class_path": "pytorch_lightning.callbacks.ModelCheckpoint"}
     kept["init_args"] = {"dirpath": "mine", "save_last": True}
     trainer = {**CONFIG["trainer"], "callbacks": [kept]}
     short = {**trainer, "max_epochs": 3}
     run("fit", trainer=short)
-    run("fit", trainer=CONFIG["trainer"])  # of another run, and newer
+    run("fit", trainer=CONFIG["trainer"])  # a newer checkpoint, of another run
     folder = run("fit", "--ckpt_path", "last", trainer=trainer)
     assert record(folder)["matrix"] == record(learned)["matrix"]
     assert record(folder)["scores"] == record(learned)["scores"]
 
 
 @pytest.mark.parametrize(("command", "score", "tasks"), [("validate", "val_acc", 2), ("test", "test_acc", 3)])
-def test_checkpoints_are_scored(command, score, tasks, capsys):
+def test_checkpoints_are_scored_on_the_tasks_of_the_command(command, score, tasks, capsys):
     folder = run("fit", "--trainer.max_epochs", "2")
     (checkpoint,) = folder.rglob("*.ckpt")
     capsys.readouterr()
     run(command, "--ckpt_path", str(checkpoint))
-    # The first task is learned, and the second one's turn.
+    # The first task is learned, and the second is current.
     printed = capsys.readouterr().out
     assert score in printed
     assert len(re.findall(r"DataLoader \d", printed)) == tasks
 
 
-def test_the_configuration_that_is_printed_is_one(capsys, learned):
+def test_the_printed_configuration_can_be_run(capsys, learned):
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.raises(SystemExit) as end:
         cli.main(["fit", "--config", "config.yaml", "--blip.max_bits=12", "--print_config"])
@@ -245,7 +249,7 @@ def test_the_configuration_that_is_printed_is_one(capsys, learned):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "named"),
     [
         (["--blip.basis", "cubic"], "cubic"),
         (["--blip.nothing", "1"], "nothing"),
@@ -253,13 +257,15 @@ def test_the_configuration_that_is_printed_is_one(capsys, learned):
         (["--data.train", "tests.helpers.networks.Net"], "train"),
     ],
 )
-def test_what_is_wrong_is_told(options, told, capsys):
+def test_an_error_names_the_wrong_option(options, named, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("fit", *options)
-    assert told in capsys.readouterr().err.rpartition("error:")[2]
+    _, error, message = capsys.readouterr().err.rpartition("error:")
+    assert error
+    assert named in message
 
 
-def test_help_is_there_at_once():
+def test_help_imports_no_heavy_library():
     for arguments in (["--help"], ["fit", "--help"], ["report", "--help"]):
         code = f"""
 import sys
@@ -275,34 +281,36 @@ assert not {{"torch", "pytorch_lightning", "rich", "jsonargparse"}} & sys.module
         )
 
 
-def page(capsys, *arguments):
+def help_text(capsys, *arguments):
     with pytest.raises(SystemExit, match="0"):
         cli.main([*arguments])
     return capsys.readouterr().out
 
 
-def test_help_names_the_commands_and_is_short(capsys):
-    printed = page(capsys, "--help")
+def test_help_is_short_and_names_all_commands(capsys):
+    printed = help_text(capsys, "--help")
     for command in ("fit", "validate", "test", "inspect", "report", "demo"):
         assert re.search(rf"^ +{command} ", printed, re.MULTILINE)
-        assert page(capsys, command, "--help").count("\n") < 60
+        assert help_text(capsys, command, "--help").count("\n") < 60
     for setting in ("--tasks", "--basis", "--seed"):
-        assert setting in page(capsys, "demo", "--help")
+        assert setting in help_text(capsys, "demo", "--help")
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_the_options_that_help_names_exist(command, capsys):
-    short, whole = page(capsys, command, "--help"), page(capsys, command, "--help-all")
-    for option in set(re.findall(r"^ +(?:-c FILE, )?--([a-z_.]+)", short, re.MULTILINE)):
+    short, whole = help_text(capsys, command, "--help"), help_text(capsys, command, "--help-all")
+    options = set(re.findall(r"^ +(?:-c FILE, )?--([a-z_.]+)", short, re.MULTILINE))
+    assert {"config", "ckpt_path", "model", "data", "blip", "curves.metric", "trainer."} <= options
+    for option in options:
         whole_name = option.removesuffix(".").replace("curves.metric", "curves")
         assert f"--{whole_name} " in whole
-    assert "--blip.max_bits" in page(capsys, command, "--blip.help")
-    assert "--curves.metric" in page(capsys, command, "--curves.help")
+    assert "--blip.max_bits" in help_text(capsys, command, "--blip.help")
+    assert "--curves.metric" in help_text(capsys, command, "--curves.help")
     assert "--trainer.accelerator" in whole
 
 
-def test_the_example_of_the_help_is_a_configuration(capsys):
-    example = page(capsys, "fit", "--help").partition("example of a FILE:\n")[2].partition("\n\n")[0]
+def test_the_example_in_the_help_can_be_run(capsys):
+    example = help_text(capsys, "fit", "--help").partition("example of a FILE:\n")[2].partition("\n\n")[0]
     shown = yaml.safe_load(example)
     assert shown.keys() <= CONFIG.keys() | {"curves"}
     shown["model"] = CONFIG["model"]
@@ -312,7 +320,7 @@ def test_the_example_of_the_help_is_a_configuration(capsys):
 
 
 @pytest.mark.parametrize(("command", "extra"), [("demo", "demo"), ("fit", "cli")])
-def test_without_the_extra_it_says_what_to_install(command, extra, monkeypatch):
+def test_a_missing_extra_is_named_in_the_error(command, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     monkeypatch.delitem(sys.modules, "lightning_blip.cli.learning", raising=False)
     with pytest.raises(
@@ -338,7 +346,7 @@ def test_a_short_demo_prints_tables_and_draws_a_picture(tmp_path, capsys):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_makes_a_page(learned, capsys):
+def test_report_writes_a_page(learned, capsys):
     cli.main(["report", str(learned), "--output", "page.html"])
     assert "page.html" in capsys.readouterr().out
     assert "<html" in Path("page.html").read_text()
@@ -346,7 +354,7 @@ def test_report_makes_a_page(learned, capsys):
         cli.main(["report", "nowhere"])
 
 
-def test_the_command_line_of_the_process_is_the_default(monkeypatch, capsys):
+def test_main_reads_the_command_line_of_the_process_by_default(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-blip", "report", "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -354,6 +362,7 @@ def test_the_command_line_of_the_process_is_the_default(monkeypatch, capsys):
 
 
 def test_the_package_has_its_public_names():
+    assert "BLIP" in lightning_blip.__all__
     for name in lightning_blip.__all__:
         assert name in dir(lightning_blip)
         assert getattr(lightning_blip, name).__name__ == name

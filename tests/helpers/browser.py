@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over the pipe of its DevTools protocol."""
+"""A headless Chromium, which the tests control through its DevTools protocol over two pipes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHROMIUM = shutil.which("chromium")
 
 
 class Browser:
-    """One page of a browser, and what happened in it."""
+    """One page of a browser, with the events that happened in it."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = os.fdopen(commands, "wb"), os.fdopen(answers, "rb")
@@ -30,7 +30,7 @@ class Browser:
             self(f"{domain}.enable")
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        """Gives a command and waits for its answer."""
+        """Send a command and return its answer."""
         self._id += 1
         command = {"id": self._id, "method": method, "params": params}
         if self._session:
@@ -44,7 +44,7 @@ class Browser:
                 return message["result"]
 
     def open(self, page: Path, width: int, height: int = 900, dark: bool = False) -> None:
-        """Opens a file at a width, in pixels, in light or dark mode."""
+        """Open a file in a window of a size in pixels, in light or dark mode."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self(
@@ -60,18 +60,18 @@ class Browser:
             self._next()
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         answer = self("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as a picture."""
+        """Write a picture of the whole page."""
         shot = self("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
-        """Ends the browser."""
+        """End the browser."""
         self._session = None
         self("Browser.close")
 
@@ -89,9 +89,10 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own."""
+    """Start a browser with a new profile in a folder, and end it afterwards."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    # The protocol's pipes are 3 and 4; above them, neither can be overwritten by the other.
+    # Chromium reads commands from descriptor 3 and writes answers to 4. The shell makes these two from copies
+    # with higher numbers, so that it overwrites neither.
     high = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (theirs_in, theirs_out)]
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip

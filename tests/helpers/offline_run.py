@@ -1,4 +1,4 @@
-"""Reads what Weights & Biases logged offline: a LevelDB log of protobuf records."""
+"""Reads the file that Weights & Biases writes offline: a LevelDB log of protobuf records."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[Record]:
-    """All records of a ``.wandb`` file."""
+    """Yield all records of a ``.wandb`` file."""
     data = path.read_bytes()
-    # Blocks are counted from the file's beginning, its header included.
+    # Blocks are counted from the beginning of the file, with its header.
     at, parts = _FILE_HEADER, []
     while at + _HEADER <= len(data):
         room = _BLOCK - at % _BLOCK
@@ -36,13 +36,13 @@ def records(path: Path) -> Iterator[Record]:
 
 
 class OfflineRun:
-    """What was logged by the runs of a folder, in their order.
+    """What the runs of a folder logged, in the order of the runs.
 
     Attributes:
-        history: A dict for each row, by the name of the metric.
-        summary: The last of each.
-        axes: The metric on whose axis one is drawn, by name, or by pattern with a ``*``.
-        artifacts: Those that were logged.
+        history: One dict per row, with the values by the names of the metrics.
+        summary: The last value of each metric, by its name.
+        axes: The metric that is the x axis of a metric, by the name of the latter or a pattern with a ``*``.
+        artifacts: All artifacts that were logged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,14 +50,14 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.axes: dict[str, str] = {}
         self.artifacts: list[Any] = []
-        # To finish a run is not to wait for its file, which another process writes.
+        # Another process writes the file, and finishing a run does not wait for it.
         wandb.teardown()
         runs = [list(records(path)) for path in folder.rglob("*.wandb")]
         for record in chain.from_iterable(sorted(runs, key=_started)):
             self._take(record)
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
-        """All points of a chart."""
+        """Return all points of a chart of y over x."""
         return [(row[x], row[y]) for row in self.history if y in row]
 
     def _take(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""ForgettingCurves: the matrix, the logs, the table and the picture."""
+"""ForgettingCurves: R, the record, the table and the picture."""
 
 import csv
 
@@ -10,13 +10,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_blip import BLIP, ForgettingCurves, TaskSequenceDataModule, TaskStopping
 from lightning_blip.results.record import RunRecord
+from tests.helpers.fitting import fit
 from tests.helpers.networks import QUIET, Net, blobs, pairs
-
-
-def fit(curves, tasks=None, module=None, callbacks=(), ckpt_path=None, **options):
-    trainer = pl.Trainer(**{**QUIET, "callbacks": [*callbacks, curves], **options})
-    trainer.fit(module or Net(), datamodule=tasks or pairs(), ckpt_path=ckpt_path)
-    return trainer
 
 
 def table(folder):
@@ -31,7 +26,7 @@ def accuracy(module, samples):
         return (module(x).argmax(1) == y).float().mean().item()
 
 
-def test_the_matrix_holds_the_scores_of_the_network_as_each_boundary_left_it(tmp_path):
+def test_the_matrix_holds_the_scores_of_the_network_after_each_boundary(tmp_path):
     measured = torch.full((3, 3), torch.nan)
 
     class Measure(pl.Callback):
@@ -48,17 +43,17 @@ def test_the_matrix_holds_the_scores_of_the_network_as_each_boundary_left_it(tmp
             pl_module.train()
 
     curves, tasks = ForgettingCurves("val_acc"), pairs()
-    fit(curves, tasks, callbacks=[BLIP.paper(prior=1e-9), Measure()], default_root_dir=tmp_path)
+    fit([BLIP.paper(prior=1e-9), Measure(), curves], tasks=tasks, default_root_dir=tmp_path)
     torch.testing.assert_close(curves.matrix, measured, equal_nan=True)
     assert curves.matrix.isnan().sum() == 3
 
 
-def test_the_table_has_a_row_for_each_score(tmp_path):
+def test_the_table_has_one_row_per_score(tmp_path):
     curves = ForgettingCurves("val_acc")
     fit(curves, logger=CSVLogger(tmp_path))
     rows = table(tmp_path)
     assert list(rows[0]) == ["step", "epoch", "position", "learning", "task", "score", "boundary"]
-    # Two epochs a task, validated after each and at the boundary; one, two, three tasks seen.
+    # Two epochs per task, with a validation after each and at the boundary, on one, two, three tasks.
     assert len(rows) == 3 * (1 + 2 + 3)
     boundary = [row for row in rows if row["boundary"] == "1"]
     assert [(row["learning"], row["task"]) for row in boundary] == [
@@ -70,9 +65,9 @@ def test_the_table_has_a_row_for_each_score(tmp_path):
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 20])
-def test_the_picture_is_drawn_whatever_the_number_of_tasks(tmp_path, tasks):
+def test_a_picture_is_drawn_for_few_and_for_many_tasks(tmp_path, tasks):
     stream = TaskSequenceDataModule.permute_inputs(blobs(), blobs(seed=1), tasks=tasks, batch_size=60)
-    fit(ForgettingCurves("val_acc"), stream, default_root_dir=tmp_path)
+    fit(ForgettingCurves("val_acc"), tasks=stream, default_root_dir=tmp_path)
     picture = (tmp_path / "forgetting.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5_000
@@ -85,7 +80,7 @@ def test_a_resumed_fit_adds_to_the_scores(tmp_path):
     torch.manual_seed(1)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     fit(
-        ForgettingCurves("val_acc"), callbacks=[checkpoint], max_epochs=3, enable_checkpointing=True,
+        [checkpoint, ForgettingCurves("val_acc")], max_epochs=3, enable_checkpointing=True,
         default_root_dir=tmp_path / "first",
     )  # fmt: skip
     resumed = ForgettingCurves("val_acc")
@@ -98,20 +93,18 @@ def test_a_resumed_fit_adds_to_the_scores(tmp_path):
 def test_a_fit_resumed_from_the_last_step_of_an_epoch_has_the_same_table(tmp_path, step):
     torch.manual_seed(1)
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
-    fit(
-        ForgettingCurves("val_acc"), callbacks=[checkpoint], enable_checkpointing=True,
-        default_root_dir=tmp_path / "whole",
-    )  # fmt: skip
+    callbacks = [checkpoint, ForgettingCurves("val_acc")]
+    fit(callbacks, enable_checkpointing=True, default_root_dir=tmp_path / "whole")
     resumed = ForgettingCurves("val_acc")
     fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt", default_root_dir=tmp_path / "rest")
     assert table(tmp_path / "rest") == table(tmp_path / "whole")
     assert record(tmp_path / "rest") == record(tmp_path / "whole")
 
 
-def test_a_checkpoint_from_before_there_was_a_record_is_gone_on_from(tmp_path):
+def test_a_checkpoint_written_before_records_existed_is_resumed(tmp_path):
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     first = ForgettingCurves()
-    fit(first, callbacks=[saving], max_epochs=3, enable_checkpointing=True, default_root_dir=tmp_path / "a")
+    fit([saving, first], max_epochs=3, enable_checkpointing=True, default_root_dir=tmp_path / "a")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     old = saved["callbacks"]["ForgettingCurves"]
     assert old.keys() == {"matrix", "history", "frozen", "predicted", "ceilings"}
@@ -121,7 +114,7 @@ def test_a_checkpoint_from_before_there_was_a_record_is_gone_on_from(tmp_path):
     torch.save(saved, tmp_path / "old.ckpt")
     curves = ForgettingCurves()
     fit(
-        curves, callbacks=[BLIP()], ckpt_path=tmp_path / "old.ckpt", logger=TensorBoardLogger(tmp_path),
+        [BLIP(), curves], ckpt_path=tmp_path / "old.ckpt", logger=TensorBoardLogger(tmp_path),
         default_root_dir=tmp_path,
     )  # fmt: skip
     torch.testing.assert_close(curves.matrix[0], first.matrix[0], equal_nan=True)
@@ -144,14 +137,14 @@ def test_a_fit_resumed_with_more_tasks_makes_room_for_them(tmp_path):
             return super().forward(x.flatten(1)[:, :8])
 
     first, more = ForgettingCurves("val_acc"), ForgettingCurves("val_acc")
-    trainer = fit(first, rotated(0, 30), FlatNet(), default_root_dir=tmp_path)
+    trainer = fit(first, FlatNet(), rotated(0, 30), default_root_dir=tmp_path)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    fit(more, rotated(0, 30, 60), FlatNet(), ckpt_path=tmp_path / "two.ckpt", default_root_dir=tmp_path)
+    fit(more, FlatNet(), rotated(0, 30, 60), tmp_path / "two.ckpt", default_root_dir=tmp_path)
     torch.testing.assert_close(more.matrix[:2, :2], first.matrix, equal_nan=True)
     assert more.matrix[2].isfinite().all()
 
 
-def test_the_same_callback_starts_afresh_with_a_new_sequence(tmp_path):
+def test_the_same_callback_starts_anew_with_a_new_sequence(tmp_path):
     again, once = ForgettingCurves("val_acc"), ForgettingCurves("val_acc")
     fit(again, default_root_dir=tmp_path / "first")
     for curves, folder in ((again, "again"), (once, "once")):
@@ -161,17 +154,17 @@ def test_the_same_callback_starts_afresh_with_a_new_sequence(tmp_path):
     assert table(tmp_path / "again") == table(tmp_path / "once")
 
 
-def test_the_same_callback_goes_on_with_the_rest_of_a_sequence(tmp_path):
+def test_the_same_callback_continues_with_the_rest_of_a_sequence(tmp_path):
     curves, tasks, module = ForgettingCurves("val_acc"), pairs(), Net()
-    fit(curves, tasks, module, max_epochs=3, default_root_dir=tmp_path / "first")
+    fit(curves, module, tasks, max_epochs=3, default_root_dir=tmp_path / "first")
     part = curves.matrix.clone()
-    fit(curves, tasks, module, default_root_dir=tmp_path / "rest")
+    fit(curves, module, tasks, default_root_dir=tmp_path / "rest")
     torch.testing.assert_close(curves.matrix[0], part[0], equal_nan=True)
     assert {row["learning"] for row in table(tmp_path / "rest")} == {"0-1", "2-3", "4-5"}
 
 
-def test_all_processes_ask_for_the_folder_and_one_writes(tmp_path):
-    # The folder is broadcast: a process that does not ask leaves the others waiting forever.
+def test_all_processes_ask_for_the_folder_and_only_one_writes(tmp_path):
+    # Lightning broadcasts the folder: if one process does not ask for it, the others wait forever.
     class Process:
         asked = False
 
@@ -197,13 +190,13 @@ def test_all_processes_ask_for_the_folder_and_one_writes(tmp_path):
     assert written == {"forgetting.csv", "forgetting.json", "forgetting.png"}
 
 
-def test_a_diverged_fit_still_gets_its_table_and_picture(tmp_path):
+def test_a_fit_with_nan_scores_gets_its_table_and_picture(tmp_path):
     class Diverged(Net):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             self.log("val_acc", torch.nan)
 
     curves = ForgettingCurves("val_acc")
-    fit(curves, module=Diverged(), default_root_dir=tmp_path)
+    fit(curves, Diverged(), default_root_dir=tmp_path)
     assert {row["score"] for row in table(tmp_path)} == {"nan"}
     assert (tmp_path / "forgetting.png").exists()
 
@@ -211,18 +204,35 @@ def test_a_diverged_fit_still_gets_its_table_and_picture(tmp_path):
 def test_validating_outside_a_fit_records_nothing(tmp_path):
     curves = ForgettingCurves("val_acc")
     tasks = pairs()
-    trainer = fit(curves, tasks, default_root_dir=tmp_path)
+    trainer = fit(curves, tasks=tasks, default_root_dir=tmp_path)
     before = len(curves.state_dict()["history"])
+    assert before == 18
     trainer.validate(trainer.lightning_module, datamodule=tasks, verbose=False)
+    loader = torch.utils.data.DataLoader(blobs(), batch_size=60)  # a loader without tasks
+    pl.Trainer(**QUIET, callbacks=[curves]).validate(trainer.lightning_module, loader, verbose=False)
     assert len(curves.state_dict()["history"]) == before
 
 
-def test_a_metric_that_is_never_logged_is_named(tmp_path):
+def test_a_fit_without_validation_writes_nothing(tmp_path):
+    curves = ForgettingCurves("val_acc")
+    fit(curves, limit_val_batches=0, default_root_dir=tmp_path)
+    assert curves.matrix.isnan().all()
+    assert list(tmp_path.rglob("forgetting.*")) == []
+
+
+def test_the_fit_says_where_table_and_picture_are(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(ForgettingCurves("val_acc"), max_epochs=2, default_root_dir=tmp_path)
+    told = [message for message in caplog.messages if message.startswith("Forgetting curves: ")]
+    assert told == [f"Forgetting curves: {tmp_path / 'forgetting.csv'} and {tmp_path / 'forgetting.png'}"]
+
+
+def test_a_metric_that_is_never_logged_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"'val_accuracy' was not logged for task 0, only \[.*'val_acc'\]"):
         fit(ForgettingCurves("val_accuracy"), default_root_dir=tmp_path)
 
 
-def test_a_score_logged_once_for_all_tasks_is_not_taken_for_each(tmp_path):
+def test_one_score_logged_for_all_tasks_is_refused(tmp_path):
     class Once(Net):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             pass
@@ -231,10 +241,10 @@ def test_a_score_logged_once_for_all_tasks_is_not_taken_for_each(tmp_path):
             self.log("val_acc", 0.5)
 
     with pytest.raises(ValueError, match="'val_acc' was not logged for task 0"):
-        fit(ForgettingCurves("val_acc"), module=Once(), default_root_dir=tmp_path)
+        fit(ForgettingCurves("val_acc"), Once(), default_root_dir=tmp_path)
 
 
-def test_other_data_modules_are_refused():
+def test_a_fit_without_a_sequence_of_tasks_is_refused():
     with pytest.raises(ValueError, match="datamodule=NoneType has no tasks"):
         pl.Trainer(**QUIET, callbacks=[ForgettingCurves()], max_epochs=1).fit(
             Net(), torch.utils.data.DataLoader(blobs(), batch_size=8)
@@ -256,7 +266,7 @@ def test_the_record_holds_what_was_measured(tmp_path, basis):
         def on_task_end(self, trainer, pl_module, task):
             reports.append((blip.last_boundary.metrics(), blip.bits()))
 
-    fit(curves, module=module, callbacks=[blip, Report()], default_root_dir=tmp_path)
+    fit([blip, Report(), curves], module, default_root_dir=tmp_path)
     one = record(tmp_path)
     torch.testing.assert_close(torch.tensor(one.matrix), curves.matrix, equal_nan=True)
     assert one.tasks == one.seen == ["0-1", "2-3", "4-5"]
@@ -283,7 +293,7 @@ def test_the_record_holds_what_was_measured(tmp_path, basis):
     assert one.settings["hyperparameters"] == {"width": 16}
 
 
-def test_the_record_is_there_after_each_boundary_and_without_blip(tmp_path):
+def test_the_record_is_written_at_each_boundary_also_without_blip(tmp_path):
     found = []
 
     class Look(pl.Callback):
@@ -291,20 +301,20 @@ def test_the_record_is_there_after_each_boundary_and_without_blip(tmp_path):
             if task.index:
                 found.append(record(tmp_path))
 
-    fit(ForgettingCurves(), callbacks=[Look()], default_root_dir=tmp_path)
+    fit([Look(), ForgettingCurves()], default_root_dir=tmp_path)
     assert [len(one.seen) for one in found] == [1, 2]
     assert found[0].frozen == found[0].predicted == []
     assert found[0].settings["blip"] is None
 
 
-def test_a_task_that_ends_early_ends_on_a_whole_number(tmp_path):
+def test_a_task_that_ends_early_ends_at_a_whole_position(tmp_path):
     stopping = TaskStopping("val_acc", patience=1, mode="max", min_delta=1.0)
-    fit(ForgettingCurves(), pairs(epochs_per_task=10), callbacks=[stopping], default_root_dir=tmp_path)
+    fit([stopping, ForgettingCurves()], tasks=pairs(epochs_per_task=10), default_root_dir=tmp_path)
     places = [score.position for score in record(tmp_path).scores if score.task == "0-1"]
     assert places == pytest.approx([0.1, 0.2, 1.0, 1.1, 1.2, 2.0, 2.1, 2.2, 3.0])
 
 
-def test_validations_within_an_epoch_lie_within_it(tmp_path):
+def test_validations_within_an_epoch_have_positions_within_the_epoch(tmp_path):
     fit(ForgettingCurves(), val_check_interval=0.5, default_root_dir=tmp_path)
     places = [score.position for score in record(tmp_path).scores if score.task == "0-1"]
     assert places[:7] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0])
@@ -313,14 +323,14 @@ def test_validations_within_an_epoch_lie_within_it(tmp_path):
 CEILINGS = [0.5, 2.0, 4.0]
 
 
-def test_scores_are_divided_by_their_ceilings_also_where_a_fit_is_resumed(tmp_path):
+def test_scores_are_divided_by_their_ceilings_also_in_a_resumed_fit(tmp_path):
     plain = ForgettingCurves()
     torch.manual_seed(1)
     fit(plain, default_root_dir=tmp_path / "plain")
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     torch.manual_seed(1)
     fit(
-        ForgettingCurves(ceilings=CEILINGS), callbacks=[saving], max_epochs=3, enable_checkpointing=True,
+        [saving, ForgettingCurves(ceilings=CEILINGS)], max_epochs=3, enable_checkpointing=True,
         default_root_dir=tmp_path / "begun",
     )  # fmt: skip
     resumed = ForgettingCurves(ceilings=CEILINGS)
@@ -338,9 +348,9 @@ def test_scores_are_divided_by_their_ceilings_also_where_a_fit_is_resumed(tmp_pa
     )
     assert (divided.metric, whole.metric) == ("val_acc / ceiling", "val_acc")
     assert (divided.settings["ceilings"], whole.settings["ceilings"]) == (by_task, None)
-    for others in (None, [0.5, 2.0, 5.0]):
+    for other in (None, [0.5, 2.0, 5.0]):
         with pytest.raises(ValueError, match=r"differ from the checkpoint's \[0.5, 2.0, 4.0\]"):
-            fit(ForgettingCurves(ceilings=others), ckpt_path=tmp_path / "last.ckpt")
+            fit(ForgettingCurves(ceilings=other), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("ceilings", [[1.0, 0.0, 1.0], [1.0, -2.0, 1.0], [1.0, float("nan"), 1.0]])
@@ -349,7 +359,7 @@ def test_ceilings_that_are_not_positive_are_refused(ceilings):
         ForgettingCurves(ceilings=ceilings)
 
 
-def test_there_is_one_ceiling_for_each_task():
+def test_a_wrong_number_of_ceilings_is_refused():
     with pytest.raises(
         ValueError, match=r"ceilings=\[1.0\] must be one score for each of the 3 tasks: \['0-1"
     ):

@@ -1,7 +1,8 @@
-"""What loggers are given: read back from what they wrote."""
+"""What ForgettingCurves sends to loggers, read from the files that the loggers wrote."""
 
 import csv
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -16,7 +17,8 @@ from tensorboardX.proto.event_pb2 import Event
 from lightning_blip import BLIP, ForgettingCurves
 from lightning_blip.metrics import average_score, backward_transfer, forgetting
 from lightning_blip.results.record import RunRecord
-from tests.helpers.networks import QUIET, Net, pairs
+from tests.helpers import fitting
+from tests.helpers.networks import Net
 from tests.helpers.offline_run import OfflineRun
 
 
@@ -24,30 +26,25 @@ from tests.helpers.offline_run import OfflineRun
 def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # A run that another test left open would be gone on with.
+    # A run that another test left open would be continued.
     if wandb.run is not None:
         wandb.run.finish()
 
 
-class Own(Net):
-    """Logs to Weights & Biases by itself, too, on an axis of its own."""
+class LogsItself(Net):
+    """A module that also logs to Weights & Biases itself, on another axis."""
 
     def training_step(self, batch, batch_idx):
         wandb.log({"mine": batch_idx + 0.5, "own_step": self.global_step})
         return super().training_step(batch, batch_idx)
 
 
-def fit(loggers, folder, module=Net, curves=None, blip=None, **options):
-    """A fit with such loggers, and its record."""
-    curves, blip = curves or ForgettingCurves(), blip or BLIP(prior=1e-5)
-    ckpt_path = options.pop("ckpt_path", None)
-    callbacks = [blip, curves, *options.pop("callbacks", ())]
+def fit(loggers, folder, module=Net, curves=None, blip=None, callbacks=(), **options):
+    """Run a fit with loggers, and return its record."""
+    callbacks = [blip or BLIP(prior=1e-5), curves or ForgettingCurves(), *callbacks]
     torch.manual_seed(0)
-    trainer = pl.Trainer(
-        **{**QUIET, "callbacks": callbacks, "logger": loggers, "log_every_n_steps": 2,
-           "default_root_dir": folder, **options}
-    )  # fmt: skip
-    trainer.fit(module(), datamodule=pairs(), ckpt_path=ckpt_path)
+    options |= {"logger": loggers, "log_every_n_steps": 2, "default_root_dir": folder}
+    trainer = fitting.fit(callbacks, module(), **options)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger | OtherWandbLogger):
             logger.experiment.finish()
@@ -55,7 +52,7 @@ def fit(loggers, folder, module=Net, curves=None, blip=None, **options):
 
 
 def check_points(run, record):
-    """Every point that is in the record was logged, and no other."""
+    """Assert that a run logged every point of the record, and no other point."""
     for task in record.tasks:
         scores = [one for one in record.scores if one.task == task]
         logged = run.points("forgetting/position", f"forgetting/val_acc/{task}")
@@ -76,17 +73,17 @@ def check_points(run, record):
 
 
 def table(folder, name):
-    """The last table of that name."""
+    """Return the last table of a name."""
     path = max(folder.rglob(f"{name}_*.table.json"), key=lambda path: int(path.name.split("_")[-2]))
     return json.loads(path.read_text())
 
 
-def test_every_logger_gets_scores_that_are_divided_by_their_ceilings(tmp_path):
+def test_every_logger_gets_scores_divided_by_their_ceilings(tmp_path):
     ceilings = {"0-1": 0.5, "2-3": 2.0, "4-5": 4.0}
     scores = {}
 
     class Seen(pl.Callback):
-        """Notes what the module itself has logged."""
+        """Collects the scores that the module itself logged."""
 
         def on_validation_end(self, trainer, pl_module):
             for index, task in enumerate(trainer.datamodule.tasks[: trainer.datamodule.task.index + 1]):
@@ -116,11 +113,11 @@ def test_every_logger_gets_scores_that_are_divided_by_their_ceilings(tmp_path):
 
 
 @pytest.mark.parametrize("make", [WandbLogger, OtherWandbLogger])
-def test_weights_and_biases_gets_every_point_on_its_own_axis(tmp_path, make):
+def test_weights_and_biases_draws_every_metric_over_the_position(tmp_path, make):
     logger = make(save_dir=tmp_path, project="test")
     logger.experiment.define_metric("own_step")
     logger.experiment.define_metric("mine", step_metric="own_step")
-    record = fit(logger, tmp_path, Own)
+    record = fit(logger, tmp_path, LogsItself)
     run = OfflineRun(tmp_path)
     check_points(run, record)
     scores = {name: axis for name, axis in run.axes.items() if name.startswith("forgetting/val_acc/")}
@@ -128,7 +125,9 @@ def test_weights_and_biases_gets_every_point_on_its_own_axis(tmp_path, make):
     assert run.axes["forgetting/average_score"] == "forgetting/position"
     for name in ("predicted_forgetting", "used_capacity", "used_capacity/body.0", "seconds"):
         assert run.axes[f"blip/{name}"] == "blip/position"
-        assert all("blip/position" in row for row in run.history if f"blip/{name}" in row)
+        rows = [row for row in run.history if f"blip/{name}" in row]
+        assert rows
+        assert all("blip/position" in row for row in rows)
     capacity = run.points("blip/position", "blip/used_capacity/body.0")
     assert capacity == [
         (float(t), pytest.approx(one.layers["body.0"].used_capacity))
@@ -137,7 +136,7 @@ def test_weights_and_biases_gets_every_point_on_its_own_axis(tmp_path, make):
     positions = [x for x, _ in run.points("blip/position", "blip/predicted_forgetting")]
     assert positions == sorted(positions)
     assert {1.0, 2.0, 3.0} < set(positions)
-    # The user's own, and the logger's.
+    # The axes of the user's metrics, and those of the logger, stay.
     assert run.points("own_step", "mine") == [(step, step % 3 + 0.5) for step in range(18)]
     assert run.axes["mine"] == "own_step"
     assert run.axes["*"] == "trainer/global_step"
@@ -165,7 +164,7 @@ def test_weights_and_biases_gets_the_charts(tmp_path):
         assert len(list(tmp_path.rglob(row["forgetting/matrix/path"]))) == 1
 
 
-def test_names_with_the_prefix_of_the_logger_have_the_axis_too(tmp_path):
+def test_metrics_with_the_prefix_of_the_logger_have_the_same_axis(tmp_path):
     fit(WandbLogger(save_dir=tmp_path, project="test", prefix="mine"), tmp_path)
     run = OfflineRun(tmp_path)
     logged = {name for row in run.history for name in row}
@@ -175,7 +174,7 @@ def test_names_with_the_prefix_of_the_logger_have_the_axis_too(tmp_path):
     assert set(run.axes.values()) <= logged | {""}
 
 
-def test_a_diverged_run_has_no_points_that_are_not_finite(tmp_path):
+def test_scores_that_are_not_finite_are_left_out_of_the_table(tmp_path):
     class Diverged(Net):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             super().validation_step(batch, batch_idx, dataloader_idx)
@@ -189,7 +188,7 @@ def test_a_diverged_run_has_no_points_that_are_not_finite(tmp_path):
     )
 
 
-def test_a_resumed_run_goes_on_in_the_same_charts(tmp_path):
+def test_a_resumed_run_continues_the_same_charts(tmp_path):
     whole = fit(False, tmp_path / "whole")
     saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     options = {"callbacks": [saving], "enable_checkpointing": True}
@@ -210,8 +209,8 @@ def test_a_resumed_run_goes_on_in_the_same_charts(tmp_path):
     assert len(table(tmp_path / "w", "curves_table")["data"]) == len(record.scores)
 
 
-def test_the_frozen_state_becomes_an_artifact_when_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # where what waits to be sent lies
+def test_the_frozen_state_is_logged_as_an_artifact_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # artifacts that wait to be sent lie here
     blip, curves = BLIP(prior=1e-5), ForgettingCurves(log_frozen_state=True)
     fit(WandbLogger(save_dir=tmp_path, project="test"), tmp_path, blip=blip, curves=curves)
     (artifact,) = [one for one in OfflineRun(tmp_path).artifacts if one.type == "frozen-state"]
@@ -222,23 +221,40 @@ def test_the_frozen_state_becomes_an_artifact_when_asked_for(tmp_path, monkeypat
     (file,) = artifact.manifest.contents
     assert file.path == "frozen.pt"
     restored.load_state_dict(torch.load(file.local_path, weights_only=True))
-    assert all(torch.equal(bits, restored.bits()[name]) for name, bits in blip.bits().items())
+    assert fitting.same(restored.bits(), blip.bits())
+    assert restored.used_capacity == blip.used_capacity > 0
+
+
+class Stop(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise RuntimeError("stopped before the training")
 
 
 @pytest.mark.parametrize("missing", ["BLIP", "WandbLogger"])
-def test_a_frozen_state_that_will_not_be_logged_is_told_of_at_once(tmp_path, missing):
+def test_a_frozen_state_that_cannot_be_logged_is_warned_of_before_the_training(tmp_path, missing):
     logger = WandbLogger(save_dir=tmp_path, project="test") if missing == "BLIP" else CSVLogger(tmp_path)
     blips = [] if missing == "BLIP" else [BLIP()]
-    options = {**QUIET, "logger": logger, "default_root_dir": tmp_path, "max_epochs": 1}
-    callbacks = [ForgettingCurves(log_frozen_state=True), *blips]
-    with pytest.warns(UserWarning, match=f"log_frozen_state=True does nothing: .* no {missing}"):
-        pl.Trainer(**options, callbacks=callbacks).fit(Net(), datamodule=pairs())
+    callbacks = [ForgettingCurves(log_frozen_state=True), *blips, Stop()]
+    with (
+        pytest.warns(UserWarning, match=f"log_frozen_state=True does nothing: .* no {missing}"),
+        pytest.raises(RuntimeError, match="stopped before the training"),
+    ):
+        fitting.fit(callbacks, logger=logger, default_root_dir=tmp_path)
     if missing == "BLIP":
         logger.experiment.finish()
 
 
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_epochs": 1}])
+def test_a_fit_that_logs_no_frozen_state_is_not_warned(tmp_path, options):
+    curves = ForgettingCurves(log_frozen_state="fast_dev_run" in options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fitting.fit(curves, default_root_dir=tmp_path, **options)
+    assert not [one for one in warned if "log_frozen_state" in str(one.message)]
+
+
 class MLFlowLogger(Logger):
-    """As Lightning's, with a client that keeps what it is given."""
+    """A logger with the name of Lightning's, whose client keeps what it is sent."""
 
     name, version, run_id = "test", 0, "run"
 
@@ -258,7 +274,7 @@ class MLFlowLogger(Logger):
 
 
 def events(folder):
-    """What a TensorBoard file holds: lengths and checksums around protobuf events."""
+    """Yield the values in a TensorBoard file, which has lengths and checksums around protobuf events."""
     (path,) = folder.rglob("events.out*")
     data, at = path.read_bytes(), 0
     while at < len(data):
@@ -267,7 +283,7 @@ def events(folder):
         at += length + 16
 
 
-def test_several_loggers_get_the_same_and_pictures_where_they_take_them(tmp_path):
+def test_several_loggers_get_the_same_scores_and_pictures_if_they_take_pictures(tmp_path):
     flow = MLFlowLogger()
     record = fit([CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board"), flow], tmp_path)
     (path,) = tmp_path.rglob("metrics.csv")
@@ -286,9 +302,7 @@ def test_several_loggers_get_the_same_and_pictures_where_they_take_them(tmp_path
     assert flow.figures == [f"{name}.png" for name in pictures] * 3
 
 
-def test_without_blip_there_is_no_picture_of_it(tmp_path):
-    trainer = pl.Trainer(
-        **{**QUIET, "logger": MLFlowLogger(), "callbacks": [ForgettingCurves()], "default_root_dir": tmp_path}
-    )
-    trainer.fit(Net(), datamodule=pairs())
-    assert set(trainer.logger.figures) == {"forgetting/curves.png", "forgetting/matrix.png"}
+def test_without_blip_no_picture_of_the_capacity_is_sent(tmp_path):
+    flow = MLFlowLogger()
+    fitting.fit(ForgettingCurves(), logger=flow, default_root_dir=tmp_path)
+    assert set(flow.figures) == {"forgetting/curves.png", "forgetting/matrix.png"}
