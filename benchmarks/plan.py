@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.games import Games
+from benchmarks.learning import STREAMS, Run
 from benchmarks.methods import METHODS
 from benchmarks.protocols import Protocol
 from benchmarks.record import Record
-from benchmarks.run import STREAMS, Run
 
 # Settings are searched on so many tasks, with seed 0.
 _SEARCH_TASKS = 3

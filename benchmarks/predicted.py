@@ -18,8 +18,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.learning import Run
 from benchmarks.machine import machine
-from benchmarks.run import Run, parse_run
+from benchmarks.run import parse_run
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task
 from lightning_blip.fisher.isolation import left_as_before

@@ -15,11 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import markdown_table, spread
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job, Part
 from benchmarks.record import Record
-from benchmarks.run import spread
 
 #: Those of the repository.
 RECORDS = Path("benchmarks/records")

@@ -19,11 +19,11 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.learning import STREAMS
 from benchmarks.machine import machine
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job
 from benchmarks.record import Record
-from benchmarks.run import STREAMS
 
 # Of the C library: workers keep the memory that they free, but for that of whole data sets. To get it anew
 # takes convolutions 7 % of their time.
