@@ -19,7 +19,7 @@ class Baseline(Callback):
 
     Raises:
         ValueError: In a fit, if the data module has no tasks, there is not exactly one optimizer, there are
-            several processes, or :meth:`try_on` fails.
+            several processes, or what the method measures cannot be measured on the first batch.
     """
 
     _tried = False
@@ -52,15 +52,15 @@ class Baseline(Callback):
             return
         self._tried = True
         try:
-            self.try_on(pl_module, batch)
+            self._try_on(pl_module, batch)
         except Exception as error:
             raise ValueError(
                 f"{type(self).__name__} cannot measure what it needs of {type(pl_module).__name__}, tried on "
                 f"two samples of the first batch: {error}"
             ) from error
 
-    def try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Measure two samples of a batch; methods that measure nothing leave this as it is."""
+    def _try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Measure two samples of a batch; a method that measures nothing does nothing here."""
 
 
 def task_batches(trainer: pl.Trainer) -> Iterable[tuple[Any, Any]]:

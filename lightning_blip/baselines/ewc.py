@@ -74,11 +74,11 @@ class EWC(QuadraticPenalty):
         self.samples = samples
         self.likelihood = likelihood
 
-    def try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure the information of two samples."""
         self._fisher(pl_module, [inputs_and_targets(batch)], samples=2, seed=0)
 
-    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """Return the task's Fisher information."""
         return self._fisher(pl_module, task_batches(trainer), self.samples, seed=task.index)
 

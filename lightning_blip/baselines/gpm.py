@@ -139,7 +139,7 @@ class GPM(Baseline):
             grown = grow_basis(M, R, self.threshold if index else self.first_threshold)
             self._memory[name] = grown.to(self._layers[name].weight.dtype)
 
-    def try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure the inputs of the layers for two samples."""
         layer_inputs(pl_module, self._layers, [inputs_and_targets(batch)], samples=2)
 

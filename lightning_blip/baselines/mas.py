@@ -63,11 +63,11 @@ class MAS(QuadraticPenalty):
         self.strength = strength
         self.samples = samples
 
-    def try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure the sensitivity on two samples."""
         sensitivity(pl_module, tracked(pl_module), [inputs_and_targets(batch)], samples=2)
 
-    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """Return the sensitivity of the task's outputs."""
         return sensitivity(pl_module, tracked(pl_module), task_batches(trainer), self.samples)
 

@@ -33,7 +33,7 @@ class QuadraticPenalty(Baseline, ABC):
         self._parameters: dict[str, Tensor] = {}
 
     @abstractmethod
-    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """Return what the task that just ended adds to Ω, for each protected parameter by name."""
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
@@ -59,7 +59,7 @@ class QuadraticPenalty(Baseline, ABC):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Add the task's importances and move the anchor."""
-        learned = self.importance(trainer, pl_module, task)
+        learned = self._measure(trainer, pl_module, task)
         self._importance = {name: self._importance.get(name, 0.0) + learned[name] for name in learned}
         self._anchor = copies(tracked(pl_module))
 

@@ -90,7 +90,7 @@ class SI(QuadraticPenalty):
         self._add_step()
 
     @torch.no_grad()
-    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """Return max(0, ω) / (Δ² + ξ), and forget ω."""
         importance = {
             name: self._path[name].clamp(min=0.0) / ((theta - self._anchor[name]).square() + self.damping)

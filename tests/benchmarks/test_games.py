@@ -11,7 +11,8 @@ from benchmarks.games import GAMES
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
 from benchmarks.record import Record
-from benchmarks.results import Row, section, verdict
+from benchmarks.results import section, verdict
+from benchmarks.rows import Row
 from tests.benchmarks.test_run import break_off_and_go_on
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from benchmarks import results, suite
+from benchmarks.learning import Run
 from benchmarks.machine import machine
 from benchmarks.plan import Entry, Job, Part
+from benchmarks.published import checks
 from benchmarks.record import Record
-from benchmarks.run import Run
+from benchmarks.rows import row_of
 
 PART = Part("split_fashion", seeds=2, epochs=1, methods=("finetune", "ewc", "blip", "joint"))
 
@@ -63,7 +65,7 @@ def test_a_value_with_which_the_whole_stream_diverges_gives_way_to_the_next_best
     assert best[0].run.settings == {"strength": 30}
     best[1].diverged(records).write_text("not finite")
     assert [job.run.settings for job in entry.left(records)] == [{"strength": 100}] * 2
-    assert results.row_of(entry, records) is None
+    assert row_of(entry, records) is None
     text = results.section(PART, records, tmp_path, "pictures")
     assert "30: 75.00, which diverged over the whole stream, 100: 62.00" in text
     for job in entry.search:
@@ -91,7 +93,7 @@ def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
 
 
 def test_where_another_is_ahead_it_says_so(records):
-    rows = [results.row_of(entry, records) for entry in PART.entries]
+    rows = [row_of(entry, records) for entry in PART.entries]
     rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
     assert results.verdict(rows, "Nothing is forgotten.") == (
         "fine-tuning is ahead of BLIP by 5.00 points. Nothing is forgotten."
@@ -99,7 +101,7 @@ def test_where_another_is_ahead_it_says_so(records):
 
 
 def test_a_lead_is_counted_seed_by_seed(records):
-    _, ewc, blip, _ = (results.row_of(entry, records) for entry in PART.entries)
+    _, ewc, blip, _ = (row_of(entry, records) for entry in PART.entries)
     first, second = blip.records
     said = results.verdict([ewc, replace(blip, records=[first, replace(second, ACC=first.ACC)])], "")
     assert "BLIP is ahead of all others, by 9.50 ± 0.71 points of the next, " in said
@@ -123,7 +125,7 @@ def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_
     entry = Entry(Part("permuted_mnist"), "joint")
     for job in entry.left(tmp_path):
         write(tmp_path, job, score, bwt=None)
-    line = results.checks(tmp_path).splitlines()[2]
+    line = checks(tmp_path).splitlines()[2]
     assert line.startswith(f"| joint training | `permuted_mnist` | 96.70 | {score:.2f} | {score - 96.7:+.2f}")
     assert f"(within 1: {verdict})" in line
 
