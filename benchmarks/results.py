@@ -28,8 +28,8 @@ _TABLES = {
 }
 _HEAD = """# Results
 
-Written by `python -m benchmarks.results` from the records of the runs. Only the published figures are typed by
-hand.
+Written by `python -m benchmarks.results` from the records of the runs. Only the published figures are typed
+by hand.
 
 - **ACC**, **BWT**, **FWT**: the average score after the last task, the backward transfer over the T − 1 tasks
   before it, and the forward transfer (the score on a task right before it is learned, minus the score of the

@@ -167,7 +167,7 @@ def test_where_all_has_a_record_the_suite_says_so_and_how_it_is_made_anew(part, 
     suite.main([])
     said = capsys.readouterr().out
     assert said.startswith(
-        "Runs to come: 0. Those with a record in benchmarks/records are done; another --out makes all"
+        "Runs to come: 0. Runs with a record in benchmarks/records are done; another --out repeats all"
     )
     table = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "![split_fashion](../docs/results/split_fashion-1-epochs.png)" in table
