@@ -149,8 +149,8 @@ _PLAYERS = ("single", "finetune", "ewc", "blip", "blip-kronecker")
 # From the 5,000 of the paper downwards.
 _OF_PLAYERS = {"ewc": (5_000, 50, 5, 0.5)}
 
-#: All parts of the results, by table: streams for two cores in three hours, longer ones, streams for a GPU, and
-#: games for two cores.
+#: All parts of the results, by table: streams for two cores in three hours, longer ones, games for two
+#: cores, and streams for a GPU.
 PARTS: dict[str, tuple[Part, ...]] = {
     "cpu": (
         Part("split_mnist"),

@@ -25,8 +25,8 @@ from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job
 from benchmarks.record import Record
 
-# For the C library: workers keep freed memory except that of whole data sets. Allocating it again takes 7 % of
-# the time of convolutions.
+# For the C library: workers keep freed memory except that of whole data sets. Allocating it again takes 7 %
+# of the time of convolutions.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 

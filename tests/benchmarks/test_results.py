@@ -1,4 +1,4 @@
-"""The table of results: what it says follows from the records alone."""
+"""The table of results: it follows from the records alone, and the suite makes them."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ PART = Part("split_fashion", seeds=2, epochs=1, methods=("finetune", "ewc", "bli
 
 
 def write(folder, job, acc, bwt=-10.0):
-    """A record as a run of so high a score would leave it."""
+    """Write the record of a run with this score."""
     protocol = job.run.protocol
     R = np.tri(protocol.tasks) * acc
     record = Record(
@@ -32,7 +32,7 @@ def write(folder, job, acc, bwt=-10.0):
 
 @pytest.fixture
 def records(tmp_path):
-    """All records of a part: EWC's search was won by λ = 30."""
+    """Write all records of a part, in which λ = 30 is the best of the search for EWC."""
     folder = tmp_path / "records"
     scores = {"finetune": 70.0, "ewc": 80.0, "blip": 90.0, "joint": 99.0}
     for entry in PART.entries:
@@ -43,7 +43,7 @@ def records(tmp_path):
     return folder
 
 
-def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
+def test_the_search_runs_before_the_seeds(tmp_path):
     entry = Entry(PART, "ewc")
     first = entry.left(tmp_path)
     assert [job.run.settings for job in first] == [{"strength": value} for value in (3, 10, 30, 100)]
@@ -59,7 +59,7 @@ def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
     assert entry.left(tmp_path) == []
 
 
-def test_a_value_with_which_the_whole_stream_diverges_gives_way_to_the_next_best(records, tmp_path):
+def test_the_next_best_value_is_taken_if_the_whole_stream_diverges_with_the_best(records, tmp_path):
     entry = Entry(PART, "ewc")
     best = entry.seeds_of_best(records)
     assert best[0].run.settings == {"strength": 30}
@@ -82,7 +82,7 @@ def test_a_setting_can_be_searched_on_another_stream(tmp_path):
     assert (found.run.protocol.name, found.run.settings) == ("three_sets", {"strength": 30})
 
 
-def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
+def test_the_table_has_the_figures_of_the_records(records, tmp_path):
     text = results.section(PART, records, tmp_path, "pictures")
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 300 |" in rows["| online EWC, strength = 30"]
@@ -92,7 +92,7 @@ def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
     assert (tmp_path / "split_fashion-1-epochs.png").stat().st_size > 10_000
 
 
-def test_where_another_is_ahead_it_says_so(records):
+def test_the_table_says_if_another_method_is_ahead(records):
     rows = [row_of(entry, records) for entry in PART.entries]
     rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
     assert results.verdict(rows, "Nothing is forgotten.") == (
@@ -100,7 +100,7 @@ def test_where_another_is_ahead_it_says_so(records):
     )
 
 
-def test_a_lead_is_counted_seed_by_seed(records):
+def test_a_lead_is_computed_seed_by_seed(records):
     _, ewc, blip, _ = (row_of(entry, records) for entry in PART.entries)
     first, second = blip.records
     said = results.verdict([ewc, replace(blip, records=[first, replace(second, ACC=first.ACC)])], "")
@@ -108,20 +108,20 @@ def test_a_lead_is_counted_seed_by_seed(records):
     assert results.verdict([replace(ewc, records=ewc.records[:1]), replace(blip, records=[second])], "") == ""
 
 
-def test_a_table_says_what_makes_it_where_and_how_long_that_takes(records, tmp_path, monkeypatch):
+def test_a_table_names_its_command_machine_and_duration(records, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PARTS", {"long": (PART,)})
     text = results.table("long", records, tmp_path, "pictures")
     made = f"12 runs, one after the other 1.0 hours, on: {machine()}."
     assert f"`make benchmarks DATA=DIR TABLE=long`: {made}" in text
 
 
-def test_what_has_no_records_is_left_out(tmp_path):
+def test_a_part_without_records_is_left_out(tmp_path):
     assert results.section(PART, tmp_path, tmp_path, "pictures") == ""
     assert results.table("cpu", tmp_path, tmp_path, "pictures") == ""
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(96.5, "yes"), (90.0, "**no**")])
-def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_path):
+def test_a_baseline_is_compared_with_its_published_figure(score, verdict, tmp_path):
     entry = Entry(Part("permuted_mnist"), "joint")
     for job in entry.left(tmp_path):
         write(tmp_path, job, score, bwt=None)
@@ -132,7 +132,7 @@ def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_
 
 @pytest.fixture
 def part(tmp_path, monkeypatch):
-    """All that is planned, in a folder of its own."""
+    """Replace the plan by one short part, in a new folder."""
     part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
     for module in (suite, results):
         monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
@@ -140,7 +140,7 @@ def part(tmp_path, monkeypatch):
     return part
 
 
-def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, data, tmp_path, capsys):
+def test_the_suite_runs_what_has_no_record_and_writes_the_table(part, data, tmp_path, capsys):
     first, second = (entry.seeds_of_best(tmp_path)[0] for entry in part.entries)
     out = tmp_path / "records"
     write(out, second, 88.0, bwt=None)
@@ -148,7 +148,7 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     said = capsys.readouterr().out
     where = re.findall(r"\[(.*) left\] split_fashion finetune .*: task (\d) of 5, epoch 1 of 1", said)
     assert [task for _, task in where] == ["1", "2", "3", "4", "5"]
-    # By the other run's 300 s for five epochs.
+    # Estimated from the other run's 300 s for five epochs.
     assert [left for left, _ in where] == [f"0 h 0{minutes} min" for minutes in (4, 3, 2, 1, 0)]
     assert first.path(out).exists()
     assert Record.read(second.path(out)).ACC == 88.0
@@ -160,7 +160,7 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     assert f"Written: {out / 'RESULTS.md'}" in said
 
 
-def test_where_all_has_a_record_the_suite_says_so_and_how_it_is_made_anew(part, tmp_path, capsys):
+def test_with_all_records_the_suite_says_how_to_repeat_them(part, tmp_path, capsys):
     records = tmp_path / "benchmarks" / "records"
     for entry in part.entries:
         write(records, entry.seeds_of_best(records)[0], 88.0)
@@ -173,14 +173,14 @@ def test_where_all_has_a_record_the_suite_says_so_and_how_it_is_made_anew(part, 
     assert "![split_fashion](../docs/results/split_fashion-1-epochs.png)" in table
 
 
-def test_in_a_new_folder_the_time_left_is_counted_by_the_records_of_the_repository(part, tmp_path):
+def test_in_a_new_folder_the_time_left_is_estimated_from_the_records_of_the_repository(part, tmp_path):
     write(tmp_path / "benchmarks" / "records", part.entries[0].seeds_of_best(tmp_path)[0], 88.0)
     # Two runs of five epochs, at 300 s for five.
     assert suite.Suite(part.entries, tmp_path, tmp_path / "new", "cpu", 1).time_left() == "0 h 10 min"
 
 
 @pytest.mark.usefixtures("part")
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+def test_a_failed_run_is_named_and_the_others_continue(tmp_path, capsys):
     with pytest.raises(SystemExit):
         suite.main(["--data", str(tmp_path), "--out", "records", "--processes", "2"])
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ from benchmarks.ppo import PPO, gaussian
 from lightning_blip import BLIP, EnvSequence, ForgettingCurves, TaskBoundaries
 from lightning_blip.tasks.environments import Episodes
 from tests.helpers.networks import QUIET
+from tests.helpers.stay_frozen import StayFrozen
 from tests.tasks.test_boundaries import Recorder, same
 
 
@@ -249,22 +250,6 @@ def test_a_fit_resumed_in_the_middle_of_a_game_ends_as_the_unbroken_one(tmp_path
     assert same(second.bits(), blip.bits())
     assert same(second.precision(), blip.precision())
     assert second.tasks_learned == 2
-
-
-class StayFrozen(pl.Callback):
-    """Looks after each step whether what the first task froze is as it was."""
-
-    def __init__(self, blip):
-        self.blip, self.before = blip, None
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if self.blip.tasks_learned:
-            codes = {
-                name: self.blip.state(name).frozen_code(dict(pl_module.named_parameters())[name])
-                for name in self.blip.bits()
-            }
-            self.before = self.before or codes
-            assert same(codes, self.before)
 
 
 def test_frozen_bits_stay_through_the_games_that_follow():
