@@ -95,7 +95,7 @@ def _emulators(games: Games, name: str) -> float:
 
 
 class _Stopwatch(pl.Callback):
-    """Time all rollouts of a task but the first, without training before the task and with training in it."""
+    """Time the rollouts of each task, except its first: alone before the task, and with training in it."""
 
     def __init__(self) -> None:
         self.rollouts: dict[str, float] = {}

@@ -25,7 +25,7 @@ from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.record import Record
 from benchmarks.scoring import accuracy
 from benchmarks.trainer import quiet_trainer
-from benchmarks.watch import Report, Watch, part_of, tell
+from benchmarks.watch import Report, Watch, part_of, print_report
 from lightning_blip import EnvSequence, TaskSequenceDataModule
 from lightning_blip.baselines import JointTraining
 from lightning_blip.metrics import average_score, backward_transfer, forward_transfer
@@ -67,7 +67,9 @@ class Run:
         """Return the file that stands for the record of a seed that diverged."""
         return self.path(folder, seed).with_suffix(".diverged")
 
-    def record(self, data: Path, out: Path, seed: int, device: str = "cpu", report: Report = tell) -> Record:
+    def record(
+        self, data: Path, out: Path, seed: int, device: str = "cpu", report: Report = print_report
+    ) -> Record:
         """Return the record of a seed; learn the stream first if there is none yet.
 
         Args:
@@ -104,7 +106,7 @@ class Run:
         data: Path,
         seed: int,
         device: str = "cpu",
-        report: Report = tell,
+        report: Report = print_report,
         unfinished: Path | None = None,
         ceilings: list[float] | None = None,
     ) -> Record:
@@ -246,7 +248,7 @@ class Run:
 
 
 def _saves(path: Path, epochs: int) -> ModelCheckpoint:
-    """Return a callback that saves the same checkpoint again after every so many epochs."""
+    """Return a callback that overwrites one checkpoint each time this many epochs have passed."""
     return ModelCheckpoint(
         path.parent,
         filename=path.stem,

@@ -207,7 +207,7 @@ class Comparison:
         axes.set_yscale("symlog", linthresh=low)
         axes.plot([low, high], [low, high], color="0.6", zorder=0, label="measured = predicted")
         axes.set(
-            xlabel="predicted forgetting (nats a sample)", ylabel="measured rise of the past tasks' loss"
+            xlabel="predicted forgetting (nats per sample)", ylabel="measured rise of the past tasks' loss"
         )
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

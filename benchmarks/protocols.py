@@ -97,7 +97,7 @@ def _shared_head(classes: int, *sizes: int) -> Callable[[int], Network]:
 
 
 def _with_heads(body: Callable[[], nn.Module], outputs: int, *classes: int) -> Callable[[int], Network]:
-    """Return a function that makes a body with so many outputs and a head per task.
+    """Return a function that makes a body and one head per task.
 
     Args:
         body: Makes the body.

@@ -29,7 +29,7 @@ def summary(run: Run, records: Sequence[Record]) -> str:
     transfers = [record.BWT for record in records if record.BWT is not None]
     if transfers:
         figures.append(f"BWT {spread(transfers, '+')} % (over T - 1)")
-    return f"{', '.join(run.label)}, {len(records)} seeds: {', '.join(figures)}, {seconds:.0f} s a seed"
+    return f"{', '.join(run.label)}, {len(records)} seeds: {', '.join(figures)}, {seconds:.0f} s per seed"
 
 
 def parse_run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[Run, Any]:

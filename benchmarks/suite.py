@@ -70,10 +70,10 @@ class Suite:
             ) as pool,
             Live(console=console, auto_refresh=False, transient=True) as live,
         ):
-            told: Queue[tuple[Path, str, float]] = manager.Queue()
-            while self._start(pool, told):
+            reports: Queue[tuple[Path, str, float]] = manager.Queue()
+            while self._start(pool, reports):
                 done, _ = wait(self._running, timeout=1.0, return_when=FIRST_COMPLETED)
-                for path, where, share in _drained(told):
+                for path, where, share in _drained(reports):
                     self._where[path] = (where, share)
                     if not console.is_terminal:
                         console.print(f"[{self.time_left()} left] {where}", soft_wrap=True, markup=False)
@@ -108,12 +108,12 @@ class Suite:
             self._epochs_left[job.run.protocol.name] += job.epochs
         self._seconds_an_epoch = _seconds_an_epoch(self.out, self._epochs_left, machine(self.device))
 
-    def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[Path, str, float]]) -> bool:
+    def _start(self, pool: ProcessPoolExecutor, reports: Queue[tuple[Path, str, float]]) -> bool:
         """Start as many runs as there are free processes; return whether any is running."""
         busy = {*(job.path(self.out) for job in self._running.values()), *self.failed}
         free = [job for job in self._ready if job.path(self.out) not in busy]
         for job in free[: self.processes - len(self._running)]:
-            arguments = (job, self.data, self.out, self.device, told)
+            arguments = (job, self.data, self.out, self.device, reports)
             self._running[pool.submit(_work, *arguments)] = job
         return bool(self._running)
 
@@ -134,16 +134,16 @@ class Suite:
         return table
 
 
-def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[Path, str, float]]) -> None:
+def _work(job: Job, data: Path, out: Path, device: str, reports: Queue[tuple[Path, str, float]]) -> None:
     path = job.path(out)
-    job.run.record(data, out, job.seed, device, lambda where, share: told.put((path, where, share)))
+    job.run.record(data, out, job.seed, device, lambda where, share: reports.put((path, where, share)))
     # The data of a run is part of reference cycles.
     gc.collect()
 
 
-def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
-    while not told.empty():
-        yield told.get()
+def _drained(reports: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
+    while not reports.empty():
+        yield reports.get()
 
 
 def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:

@@ -26,8 +26,8 @@ def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
 
     Args:
         callbacks: The callbacks of the Trainer.
-        options: Arguments of ``pl.Trainer``, which override these defaults; it runs on the CPU unless told
-            otherwise.
+        options: Arguments of ``pl.Trainer``, which override these defaults; the default accelerator is the
+            CPU.
 
     Returns:
         The Trainer.

@@ -20,7 +20,7 @@ from lightning_blip.tasks.boundaries import has_tasks, sequence
 Report = Callable[[str, float], None]
 
 
-def tell(where: str, _share: float) -> None:
+def print_report(where: str, _share: float) -> None:
     """Print where a run is."""
     print(where, flush=True)
 

@@ -196,7 +196,7 @@ def layer_inputs(
     def see(name: str, layer: Layer, x: Tensor) -> None:
         rows = _rows(layer, x).double()
         seen = triangles.get(name, rows[:0])
-        # The triangle of a QR decomposition stands for all rows: a convolution has too many to keep.
+        # The triangle R of a QR decomposition has the same RᵀR as all rows, which are too many to keep.
         triangles[name] = torch.linalg.qr(torch.cat([seen, rows]), mode="r").R
 
     with ExitStack() as stack:

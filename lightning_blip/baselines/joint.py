@@ -117,7 +117,7 @@ class _MixedOrder(Sampler[TaskBatch]):
 
 
 class _TaskSamples(Dataset[Any]):
-    """The training samples of all tasks, read a batch at a time."""
+    """The training samples of all tasks, read batch by batch."""
 
     def __init__(self, sequence: TaskSequenceDataModule) -> None:
         self._samples = [MappedDataset(task.train) for task in sequence.tasks]

@@ -162,7 +162,7 @@ def test_first_threshold_is_the_threshold_of_the_first_layer_only(tmp_path):
 
 
 class Padded(Net):
-    """A network whose only layers outside the heads cannot be unfolded, or share or freeze a parameter."""
+    """A network without a layer to project: each shares or freezes a parameter, or cannot be unfolded."""
 
     def __init__(self):
         super().__init__(heads=3)

@@ -78,7 +78,7 @@ def test_its_state_is_one_copy_of_the_network(tmp_path):
 
 
 def test_accumulated_batches_count_as_one(tmp_path):
-    """The loss of a batch is divided by their number, and so is the divergence."""
+    """Lightning divides the loss of each batch by their number, and LwF its divergence."""
     whole = learn(LwF(), folder=tmp_path, stream=pairs(batch_size=40))
     parts = learn(LwF(), folder=tmp_path, stream=pairs(batch_size=20), accumulate_grad_batches=2)
     torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
