@@ -187,22 +187,23 @@ def test_si_counts_every_step_of_a_batch(tmp_path):
 
 
 def test_ewc_measures_what_the_module_makes_of_a_batch(tmp_path):
-    """Inputs that a hook of the module changes are measured changed."""
+    """It measures each sample once, and inputs as the module's hooks change them."""
 
     class Doubled(Net):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             x, y = batch
             return 2 * x, y
 
-    ewc = EWC(samples=30)
+    ewc = EWC()
     fisher = {}
 
     class Expected(pl.Callback):
         def on_task_end(self, trainer, pl_module, task):
             batches = [(2 * x, y) for x, y in trainer.datamodule.train_dataloader()]
-            fisher.update(diagonal_fisher(pl_module, batches, samples=30))
+            fisher.update(diagonal_fisher(pl_module, batches))
 
-    learn(ewc, Expected(), folder=tmp_path, net=Doubled, max_epochs=2)
+    unsure = partial(Doubled, optimizer=partial(torch.optim.SGD, lr=1e-3))  # so that drawn labels vary
+    learn(ewc, Expected(), folder=tmp_path, net=unsure, max_epochs=2)
     torch.testing.assert_close(ewc.state_dict()["importance"], fisher)
 
 
