@@ -87,8 +87,8 @@ class Suite:
         for job in self._running.values():
             _, share = self._where.get(job.path(self.out), ("", 0.0))
             epochs[job.run.protocol.name] -= share * job.epochs
-        unknown = any(count and stream not in self._seconds_an_epoch for stream, count in epochs.items())
-        seconds = sum(count * self._seconds_an_epoch.get(stream, 0.0) for stream, count in epochs.items())
+        unknown = any(count and stream not in self._seconds_per_epoch for stream, count in epochs.items())
+        seconds = sum(count * self._seconds_per_epoch.get(stream, 0.0) for stream, count in epochs.items())
         minutes = round(seconds / self.processes / 60)
         return f"{'over ' if unknown else ''}{minutes // 60} h {minutes % 60:02} min"
 
@@ -106,7 +106,7 @@ class Suite:
         self._epochs_left: Counter[str] = Counter()
         for job in self._to_come():
             self._epochs_left[job.run.protocol.name] += job.epochs
-        self._seconds_an_epoch = _seconds_an_epoch(self.out, self._epochs_left, machine(self.device))
+        self._seconds_per_epoch = _seconds_per_epoch(self.out, self._epochs_left, machine(self.device))
 
     def _start(self, pool: ProcessPoolExecutor, reports: Queue[tuple[Path, str, float]]) -> bool:
         """Start as many runs as there are free processes; return whether any is running."""
@@ -146,10 +146,10 @@ def _drained(reports: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, st
         yield reports.get()
 
 
-def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
+def _seconds_per_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
     """Return the seconds per epoch of each stream, from its records in ``out`` or in the repository.
 
-    Only records from the same processor count, with any number of threads.
+    It takes only records from the same model of processor, with any number of threads.
     """
     rates = {}
     model, _, _ = processor.partition(",")

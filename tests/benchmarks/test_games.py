@@ -30,7 +30,7 @@ def short(name, tasks):
 
 @pytest.fixture
 def games(monkeypatch):
-    """Two games of two epochs each, whose best return is unknown."""
+    """Register two games of two epochs each, whose best return is unknown, and return them."""
     games = replace(short("cartpole", 2), best=None)
     monkeypatch.setitem(learning.STREAMS, "cartpole", games)
     return games
