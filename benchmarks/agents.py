@@ -1,4 +1,4 @@
-"""What an agent was after each task, in files beside the record of its run."""
+"""The weights of an agent after each task, in files beside the record of its run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_blip.tasks.sequence import sequence
 
 
 class KeepAgents(pl.Callback):
-    """Writes the agent's weights at each task's end, as ``<stem>-after<index>.pt``.
+    """Write the agent's weights at the end of each task, as ``<stem>-after<index>.pt``.
 
-    It comes after the method, so that they are what the method leaves.
+    Place it after the method among the callbacks, so that the weights are those that the method leaves.
 
     Args:
-        stem: Path of the run's record, without its suffix.
-        games: What is learned.
+        stem: The path of the run's record, without its suffix.
+        games: The stream.
     """
 
     def __init__(self, stem: Path, games: Games) -> None:
@@ -32,7 +32,7 @@ class KeepAgents(pl.Callback):
         self.games = games
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: EnvTask) -> None:
-        """Writes them."""
+        """Write the weights."""
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         torch.save(
             {
@@ -46,14 +46,14 @@ class KeepAgents(pl.Callback):
 
 
 def read_agents(folder: Path, run: str | None = None) -> tuple[EnvSequence, list[PPO]]:
-    """The agents that a run kept.
+    """Return the agents of a run.
 
     Args:
-        folder: Where ``benchmarks.run`` left them.
-        run: The name of the run's record, without its suffix; may be left out where there is one run.
+        folder: The output folder of ``benchmarks.run``.
+        run: The name of the run's record, without its suffix; not needed if the folder has one run.
 
     Returns:
-        The stream, and the agent as it was after each task that was learned.
+        The stream, and the agent after each learned task.
 
     Raises:
         ValueError: If there is no such run, or there are several and none is named.
@@ -61,14 +61,14 @@ def read_agents(folder: Path, run: str | None = None) -> tuple[EnvSequence, list
     Example:
         >>> read_agents(Path("nowhere"))
         Traceback (most recent call last):
-        ValueError: run=None must be one of [], those that nowhere has agents of: ...
+        ValueError: run=None must be one of [], the runs with agents in nowhere: ...
     """
     runs = sorted({path.name.rpartition("-after")[0] for path in folder.glob("*-after*.pt")})
     if run is None and len(runs) == 1:
         (run,) = runs
     if run not in runs:
         raise ValueError(
-            f"run={run} must be one of {runs}, those that {folder} has agents of: name one of them, or learn "
+            f"run={run} must be one of {runs}, the runs with agents in {folder}: name one of them, or learn "
             f"a stream of games with python -m benchmarks.run STREAM --method METHOD --out {folder}"
         )
     count = len(list(folder.glob(f"{escape(run)}-after*.pt")))

@@ -1,4 +1,4 @@
-"""How quickly Atari's games are played and learned, and a film of what the agents of a run do in theirs."""
+"""Measure how fast Atari's games are played and learned, or draw a film of the agents of a run."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ _ATARI = GAMES["atari6"]
 
 
 def speed(names: Sequence[str], steps: int, precision: Any = "32-true") -> list[str]:
-    """Measures the paper's setting: 16 environments, rollouts of 125 steps, its network, PPO and BLIP.
+    """Measure the paper's setting: 16 environments, rollouts of 125 steps, its network, PPO and BLIP.
 
-    A step is four frames of the emulator and a forward pass of 32 MFLOP, which acts. Training goes over each
-    step four times, forward and backward, which makes 13 forward passes a step, 0.42 GFLOP: 1,500 steps a
-    second would be 0.63 TFLOP a second.
+    A step is four frames of the emulator and a forward pass of 32 MFLOP, in which the agent acts. Training
+    passes over each step four times, forward and backward, which costs as much as 13 forward passes per step,
+    0.42 GFLOP: 1,500 steps per second would be 0.63 TFLOP per second.
 
     Args:
-        names: Of the games.
-        steps: Of each game and measurement, over all environments, 16 at least.
-        precision: Of the Trainer.
+        names: The names of the games.
+        steps: The number of steps per game and measurement, over all environments, at least 16.
+        precision: The precision of the Trainer.
 
     Returns:
-        A line each for the emulators alone with random actions, for rollouts, in which the agent acts, and
-        for whole training, rollouts included, evaluation and boundaries not. Each begins after a first
-        rollout: a task's environments, which are made in between, take a second.
+        One line each for the emulators alone with random actions, for rollouts, in which the agent acts, and
+        for whole training, with rollouts and without evaluation and boundaries. Each starts after a first
+        rollout, since creating a task's environments takes a second.
     """
     games = short(names, steps)
     alone = {name: _emulators(games, name) for name in names}
     watch = _Stopwatch()
     longer = {**games.options, "updates_per_epoch": games.options["updates_per_epoch"] + 1}
     begun = replace(games, options=longer)
-    # Without evaluation, in which the length of an episode decides.
+    # Without evaluation, whose duration depends on the length of the episodes.
     trainer = quiet_trainer([watch, BLIP()], num_sanity_val_steps=0, limit_val_batches=0, precision=precision)
     trainer.fit(begun.module(), datamodule=begun.stream(Path(), seed=0))
     on = f"{machine()} of torch, {os.cpu_count()} of the emulators, {precision}"
@@ -65,7 +65,7 @@ def speed(names: Sequence[str], steps: int, precision: Any = "32-true") -> list[
 
 
 def short(names: Sequence[str], steps: int) -> Games:
-    """The paper's stream, of some games and in so many steps each."""
+    """Return the paper's stream with these games only, and this many steps per game."""
     options = dict(_ATARI.options)
     options["rollout_steps"] = min(options["rollout_steps"], steps // options["num_envs"])
     options["updates_per_epoch"] = steps // (options["num_envs"] * options["rollout_steps"])
@@ -81,7 +81,7 @@ def short(names: Sequence[str], steps: int) -> Games:
 
 
 def _emulators(games: Games, name: str) -> float:
-    """The seconds that the emulators of a game take by themselves."""
+    """Return the seconds that the emulators of a game take with random actions."""
     count = games.options["num_envs"]
     envs = gymnasium.make_vec(games.environments[name], count, autoreset_mode=AutoresetMode.SAME_STEP)
     envs.reset(seed=0)
@@ -95,7 +95,7 @@ def _emulators(games: Games, name: str) -> float:
 
 
 class _Stopwatch(pl.Callback):
-    """Takes the time of all rollouts of a task but the first: with training, and before it without."""
+    """Time the rollouts of each task, except its first: alone before the task, and with training in it."""
 
     def __init__(self) -> None:
         self.rollouts: dict[str, float] = {}
@@ -117,42 +117,44 @@ class _Stopwatch(pl.Callback):
         of_a_rollout = int(trainer.num_training_batches) // tasks.updates_per_epoch
         if batch_idx == 0:
             self._begun = time.perf_counter()
-        elif batch_idx == of_a_rollout * (tasks.updates_per_epoch - 1):  # the last rollout was just made
+        elif batch_idx == of_a_rollout * (tasks.updates_per_epoch - 1):  # the last rollout has just ended
             self.training[tasks.task.name] = time.perf_counter() - self._begun
 
 
 def _rates(seconds: Mapping[str, float], steps: int) -> str:
-    """Over all games, and of each."""
+    """Return the steps per second over all games, and of each game."""
     each = ", ".join(f"{name} {steps / taken:,.0f}" for name, taken in seconds.items())
-    return f"{steps * len(seconds) / sum(seconds.values()):,.0f} environment steps a second ({each})"
+    return f"{steps * len(seconds) / sum(seconds.values()):,.0f} environment steps per second ({each})"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.atari", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    quick = commands.add_parser("speed", help="environment steps a second, on the CPU")
+    quick = commands.add_parser("speed", help="environment steps per second, on the CPU")
     games = list(_ATARI.environments)
     quick.add_argument("--games", nargs="+", choices=games, default=games, metavar="GAME", help=str(games))
-    quick.add_argument("--steps", type=int, default=4_000, help="of each game and measurement")
+    quick.add_argument("--steps", type=int, default=4_000, help="steps per game and measurement")
     quick.add_argument(
-        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of the Trainer"
+        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="precision of the Trainer"
     )
     shown = commands.add_parser("render", help="a film of each game after each task")
-    shown.add_argument("folder", type=Path, metavar="RUN_DIR", help="what benchmarks.run had as --out")
-    shown.add_argument("--run", help="a record's name without its suffix, if there are agents of several")
+    shown.add_argument("folder", type=Path, metavar="RUN_DIR", help="the --out folder of benchmarks.run")
+    shown.add_argument("--run", help="name of a record without its suffix, if the folder has several")
     shown.add_argument("--out", type=Path, required=True, help="the film, .gif or .mp4")
-    shown.add_argument("--seconds", type=float, default=10.0, help="how long the film is at most")
-    shown.add_argument("--fps", type=int, default=15, help="frames, and steps of the agent, a second")
+    shown.add_argument("--seconds", type=float, default=10.0, help="the longest duration of the film")
+    shown.add_argument("--fps", type=int, default=15, help="frames, and steps of the agent, per second")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the speeds, or draws the film."""
+    """Print the speeds, or draw the film."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "speed":
         if options.steps < _ATARI.options["num_envs"]:
-            parser.error(f"--steps {options.steps} must be at least {_ATARI.options['num_envs']}, one each")
+            parser.error(
+                f"--steps {options.steps} must be at least {_ATARI.options['num_envs']}, one per environment"
+            )
         print("\n".join(speed(options.games, options.steps, options.precision)))
         return
     if options.out.suffix not in (".gif", ".mp4"):

@@ -1,4 +1,4 @@
-"""A film of what agents do in their games: a grid of games and of the tasks after which they are played."""
+"""A film of agents at play: a grid of games (columns) and of the tasks after which they are played (rows)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lightning_blip import EnvSequence
 from lightning_blip.tasks.heads import task_heads
 from lightning_blip.tasks.rollouts import Episodes
 
-# So many rows of a screen are more than a cell of the film has.
-_ENOUGH = 200
+# Larger screens are reduced: a cell of the film has fewer rows.
+_MOST_ROWS = 200
 
 
 class Scene(NamedTuple):
-    """An episode: the sum of its rewards, and what there was to see at each of its first steps."""
+    """An episode: the sum of its rewards, and the screens of its first steps."""
 
     paid: float
     screens: list[Any]
 
 
 def play(agent: PPO, stream: EnvSequence, task: int, steps: int) -> Scene:
-    """Plays the first of the episodes that a task is evaluated on.
+    """Play the first episode of those that a task is evaluated on.
 
     Args:
-        agent: Which plays.
+        agent: The agent.
         stream: The stream that it learned.
-        task: The task's index.
-        steps: How many of the episode's steps are shown at most.
+        task: The index of the task.
+        steps: The largest number of steps to show.
 
     Returns:
         The episode.
@@ -50,7 +50,7 @@ def play(agent: PPO, stream: EnvSequence, task: int, steps: int) -> Scene:
 
 
 class _Player:
-    """An agent that notes what it does."""
+    """An agent that collects its actions."""
 
     def __init__(self, agent: PPO) -> None:
         self.agent = agent
@@ -64,9 +64,9 @@ class _Player:
 
 
 def _screens(environment: Any, seed: int, actions: Sequence[int]) -> list[Any]:
-    """What a viewer sees before each action: the same episode once more, in colours."""
+    """Return the screens before each action, by playing the same episode again in colour."""
     if isinstance(environment, str) and environment.startswith("ALE/"):
-        # Of the emulator that the agent plays: another would draw other random numbers.
+        # The same emulator that the agent played: another one would draw other random numbers.
         colours: Any = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         same_step = AutoresetMode.SAME_STEP
         envs = gymnasium.make_vec(environment, 1, autoreset_mode=same_step, **colours)
@@ -82,7 +82,7 @@ def _screens(environment: Any, seed: int, actions: Sequence[int]) -> list[Any]:
     screens = []
     for action in actions:
         screen: Any = env.render()
-        every = -(-len(screen) // _ENOUGH)
+        every = -(-len(screen) // _MOST_ROWS)
         screens.append(screen[::every, ::every])
         env.step(action)
     env.close()
@@ -90,13 +90,13 @@ def _screens(environment: Any, seed: int, actions: Sequence[int]) -> list[Any]:
 
 
 def draw(names: Sequence[str], rows: Sequence[Sequence[Scene]], path: Path, fps: int) -> None:
-    """Draws a grid of games (columns) after each task (rows), each step a frame; ended episodes stand still.
+    """Draw the film, one frame per step; an episode that has ended shows its last screen.
 
     Args:
-        names: Of the games.
-        rows: After each task the scenes of the games learned by then.
+        names: The names of the games.
+        rows: For each task, the scenes after it of the games learned by then.
         path: The film, ``.gif`` or ``.mp4``.
-        fps: Frames a second.
+        fps: Frames per second.
     """
     figure = Figure(figsize=(1.8 * len(names) + 0.4, 2.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(names), squeeze=False)
@@ -111,7 +111,7 @@ def draw(names: Sequence[str], rows: Sequence[Sequence[Scene]], path: Path, fps:
             axis.axis("on")
             axis.set(xticks=[], yticks=[], xlabel=f"{scene.paid:,.0f}", anchor="N")
             pictures.append((axis.imshow(scene.screens[0]), scene.screens))
-    # The layout of the first frame is that of all.
+    # All frames have the layout of the first.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     writer = FFMpegWriter(fps) if path.suffix == ".mp4" else PillowWriter(fps)

@@ -1,4 +1,4 @@
-"""Draws how bits freeze: those of one weight and of its whole layer, after each task of a real run."""
+"""Draw the frozen bits of one weight and of its layer after each task of a real run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_blip.frozen.gains import information_gain
 from lightning_blip.frozen.packing import LARGEST_MAX_BITS, bound, cell_codes, encode
 
 LAYER = "network.0.weight"
-# So many of a weight's bits fit into the picture.
+# The number of a weight's bits in the picture.
 _SHOWN = 10
 _FROZEN, _FREE, _VALUE = "#3949ab", "#e8eaf6", "#ef6c00"
 
 
 @dataclass
 class Watch(pl.Callback):
-    """Keeps what is known of a layer, and its codes on the grid of N bits, as each task leaves them.
+    """Collect the information, the frozen bits and the codes of a layer after each task.
 
     Attributes:
-        blip: It has to come before this one among the callbacks.
-        gained: ½·log2(S_t/S_0) of each weight, in bits, one tensor (weights,) a task.
-        bits: How many are frozen of each.
-        codes: Those of the weights, k of θ = k·2^−N·B.
+        blip: The BLIP of the same fit, which must come before this callback.
+        gained: ½·log2(S_t/S_0) of each weight, in bits, one tensor (weights,) per task.
+        bits: The number of frozen bits of each weight, likewise.
+        codes: The integer k of each weight θ = k·2^−N·B, likewise.
     """
 
     blip: BLIP
@@ -43,7 +43,7 @@ class Watch(pl.Callback):
     codes: list[Tensor] = field(default_factory=list)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Takes down what BLIP has just made of the task."""
+        """Collect what BLIP has just consolidated."""
         theta = pl_module.get_parameter(LAYER).detach()
         prior = torch.tensor(self.blip.chosen["prior"] * theta.shape[1])
         self.gained.append(information_gain(self.blip.precision()[LAYER].flatten(), prior))
@@ -52,18 +52,18 @@ class Watch(pl.Callback):
 
 
 def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor, Tensor]:
-    """Learns permutations of scikit-learn's digits one after another.
+    """Learn permutations of scikit-learn's digits one after another.
 
     Args:
-        tasks: How many.
-        epochs: How long each.
+        tasks: The number of permutations.
+        epochs: The number of epochs per task.
 
     Returns:
-        What was gained of each weight of the layer by the end of each task, in bits, how many of its bits are
-        frozen, and its code: all (tasks, weights).
+        The information about each weight of the layer after each task, in bits, the number of its frozen
+        bits, and its code: all (tasks, weights).
     """
     pl.seed_everything(0, verbose=False)
-    # At the default prior one bit in 500 is frozen after ten tasks: too few to be seen.
+    # The default prior freezes one bit in 500 after ten tasks: too few to see in a picture.
     blip = BLIP(forgetting_budget=0.01)
     watch = Watch(blip)
     stream = TaskSequenceDataModule.permute_inputs(
@@ -75,13 +75,13 @@ def learn(tasks: int = 8, epochs: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_bits(codes: Tensor) -> Tensor:
-    """The first bits of θ/B + ⅓ as binary fractions: what the strict cell freezes from the left.
+    """Return the most significant bits of θ/B + ⅓ as a binary fraction, which the strict cell freezes.
 
     Args:
-        codes: Of the values, any shape.
+        codes: The codes of values between −B/3 and 2B/3, any shape.
 
     Returns:
-        (…, 10) of 0 and 1, for values between −B/3 and 2B/3.
+        0 and 1, (…, 10), the most significant bit first.
     """
     places = torch.arange(LARGEST_MAX_BITS - 1, LARGEST_MAX_BITS - 1 - _SHOWN, -1)
     bits: Tensor = (codes + 2**LARGEST_MAX_BITS // 3)[..., None] >> places & 1
@@ -89,13 +89,13 @@ def leading_bits(codes: Tensor) -> Tensor:
 
 
 def draw(gained: Tensor, bits: Tensor, codes: Tensor, path: Path) -> None:
-    """Draws the weight whose bits grow in the most steps, and below it the layer.
+    """Draw the weight whose frozen bits grow at the most boundaries, and below it the layer.
 
     Args:
-        gained: By the end of each task, in bits, (tasks, weights).
-        bits: Frozen ones after each task, (tasks, weights).
-        codes: After each task, (tasks, weights).
-        path: Of the picture.
+        gained: The information after each task, in bits, (tasks, weights).
+        bits: The frozen bits after each task, (tasks, weights).
+        codes: The codes after each task, (tasks, weights).
+        path: The file to write.
     """
     steps = (bits[1:] > bits[:-1]).sum(0)
     fractions = codes / 2**LARGEST_MAX_BITS + 1 / 3
@@ -167,11 +167,9 @@ def _number_the_rows(axes: Axes, tasks: int) -> None:
 
 
 def main() -> None:
-    """Learns and draws."""
+    """Learn and draw."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/frozen_bits.png"), help="where the picture goes"
-    )
+    parser.add_argument("--out", type=Path, default=Path("docs/frozen_bits.png"), help="file of the picture")
     out = parser.parse_args().out
     draw(*learn(), out)
     print(out)

@@ -1,4 +1,4 @@
-"""The streams of reinforcement learning: which environments, learned by which agent, how."""
+"""The streams of reinforcement learning: their environments, agents and lengths."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lightning_blip import EnvSequence
 
 @dataclass(frozen=True)
 class Games:
-    """A stream of environments and how it is learned; it is to these what ``Protocol`` is to data sets.
+    """A stream of environments and how it is learned, the counterpart of ``Protocol``.
 
     Attributes:
-        name: Of the stream.
-        description: In one line.
-        environments: What makes them, by the names of the tasks: ids, or functions of a ``render_mode``.
-        actions: How many each of them has.
-        body: Makes the network without its heads, and says how many features it has.
+        name: The name of the stream.
+        description: One line of text.
+        environments: Ids of environments, or functions of a ``render_mode`` that make them, by name of task.
+        actions: The number of actions of each environment.
+        body: Makes the network without its heads; returns it with its number of features.
         agent: Arguments of PPO.
-        options: Arguments of ``EnvSequence``, but the number of steps.
-        tasks: How many there are.
-        epochs: How long each is trained.
-        source: Whose settings these are.
-        best: The return that counts as 100 %; 100 where the figures are to be the returns themselves, None
-            where it is what a network that learns a game alone comes to.
-        validate_every: How many epochs lie between two evaluations on all games so far.
-        metric: What the agent logs in validation.
+        options: Arguments of ``EnvSequence`` except the number of steps.
+        tasks: The number of tasks.
+        epochs: The number of epochs per task.
+        source: The publication with these settings.
+        best: The return that counts as 100 %; 100 to show the returns themselves, None for the return of a
+            single-task run.
+        validate_every: The number of epochs from one evaluation on all learned games to the next.
+        metric: The score that the agent logs in validation.
     """
 
     name: str
@@ -54,36 +54,36 @@ class Games:
 
     @property
     def batch_size(self) -> int:
-        """In training."""
+        """The batch size in training."""
         return self.options["batch_size"]
 
     @property
     def save_every(self) -> int:
-        """In epochs: one of a game may take as long as a whole task of others."""
+        """The number of epochs from one checkpoint to the next: 1, since an epoch may take long."""
         return 1
 
     @property
     def ceilings(self) -> list[float] | None:
-        """Of each task the return that counts as 100 %; None if single-task runs have to tell."""
+        """The return of each task that counts as 100 %; None if it is that of a single-task run."""
         return None if self.best is None else [self.best] * self.tasks
 
     @property
     def steps_per_epoch(self) -> int:
-        """Over all environments."""
+        """The number of steps per epoch, over all environments."""
         return self.options["num_envs"] * self.options["rollout_steps"] * self.options["updates_per_epoch"]
 
     def stream(self, folder: Path, seed: int) -> EnvSequence:
-        """The environments, to be learned.
+        """Return the environments as a data module.
 
         Args:
-            folder: Not needed.
-            seed: Of the environments and of the order of their samples.
+            folder: Not used.
+            seed: The seed of the environments and of the order of their samples.
 
         Returns:
             The data module.
 
         Raises:
-            ValueError: If the stream does not have that many tasks.
+            ValueError: If the stream has fewer tasks.
         """
         if self.tasks > len(self.environments):
             raise ValueError(f"tasks={self.tasks} is more than the {len(self.environments)} of {self.name}")
@@ -97,7 +97,7 @@ class Games:
         )
 
     def alone(self) -> list[Games]:
-        """Each environment as a stream of its own."""
+        """Return one stream per environment."""
         games = zip(self.environments.items(), self.actions, strict=True)
         streams = [
             replace(self, environments=dict([game]), actions=(count,), tasks=1) for game, count in games
@@ -105,11 +105,11 @@ class Games:
         return streams[: self.tasks]
 
     def module(self) -> PPO:
-        """The agent, its parameters drawn from torch's global random numbers."""
+        """Return the agent, its parameters drawn from torch's global random numbers."""
         return PPO(*self.body(), self.actions[: self.tasks], **self.agent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process finds the functions by the stream's name.
+        # Another process looks the functions up by the name of the stream.
         return _of_length, (self.name, self.tasks, self.epochs)
 
 
@@ -118,7 +118,7 @@ def _of_length(name: str, tasks: int, epochs: int) -> Games:
 
 
 def cartpole(render_mode: str | None = None, **physics: float) -> gymnasium.Env[Any, Any]:
-    """CartPole-v1 with other physics, such as ``gravity``, ``length`` or ``force_mag``."""
+    """Return CartPole-v1 with other physics, such as ``gravity``, ``length`` or ``force_mag``."""
     environment = gymnasium.make("CartPole-v1", render_mode=render_mode)
     cart: Any = environment.unwrapped
     for name, value in physics.items():
@@ -127,20 +127,20 @@ def cartpole(render_mode: str | None = None, **physics: float) -> gymnasium.Env[
     return environment
 
 
-# Of all of MinAtar's games, the most that one has.
+# The largest number of channels of a game of MinAtar.
 _CHANNELS = 10
 
 
 @cache
 def _know_minatar() -> None:
-    """Makes its ids known, where one is played: what it imports takes a second."""
+    """Register the ids of MinAtar, only when a game is played: the import takes a second."""
     from minatar.gym import register_envs
 
     register_envs()
 
 
 def minatar(game: str, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
-    """A game of MinAtar, its channels first and filled up to ten, ended after 2,500 steps as Freeway is."""
+    """Return a game of MinAtar with ten channels, which come first, cut after 2,500 steps as Freeway is."""
     _know_minatar()
     environment = gymnasium.make(
         f"MinAtar/{game}-v1", max_episode_steps=2_500, disable_env_checker=True, render_mode=render_mode
@@ -160,7 +160,7 @@ def _tanh_mlp() -> tuple[nn.Module, int]:
 
 
 class _Bytes(nn.Module):
-    """Values from 0 to ``most``, as 0 to 1."""
+    """Scale values from [0, ``most``] to [0, 1]."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -182,10 +182,10 @@ def _atari_network() -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 7 * 7, 1024), nn.ReLU()), 1024
 
 
-# Of the paper, in its order, with the number of their actions.
+# The games of the paper in its order, with their numbers of actions.
 _ATARI = {"KungFuMaster": 14, "Boxing": 18, "Jamesbond": 18, "Krull": 18, "Riverraid": 18, "SpaceInvaders": 6}
 
-# With the number of their actions, those that do something.
+# With the number of actions that have an effect.
 _MINATAR = {"Breakout": 3, "Asterix": 5, "Freeway": 3, "SpaceInvaders": 4}
 
 GAMES = {
@@ -194,7 +194,7 @@ GAMES = {
         Games(
             "cartpole",
             "CartPole with a long pole and double gravity, the same with reversed force, and with a short "
-            "pole and half the gravity, a head each, MLP 4-64-64, PPO, 41,000 steps a task",
+            "pole and half the gravity, a head per task, MLP 4-64-64, PPO, 41,000 steps per task",
             environments={
                 "heavy": partial(cartpole, length=2.0, gravity=20.0),
                 "reversed": partial(cartpole, length=2.0, gravity=20.0, force_mag=-10.0),
@@ -219,8 +219,8 @@ GAMES = {
         ),
         Games(
             "minatar",
-            "Breakout, Asterix, Freeway and Space Invaders of MinAtar, a head each, a convolution of 16 "
-            "channels and 128 hidden units, PPO, 0.5 M steps a game",
+            "Breakout, Asterix, Freeway and Space Invaders of MinAtar, a head per task, a convolution of "
+            "16 channels and 128 hidden units, PPO, 0.5 M steps per game",
             environments={game: partial(minatar, game) for game in _MINATAR},
             actions=tuple(_MINATAR.values()),
             body=_minatar_network,
@@ -241,8 +241,8 @@ GAMES = {
         ),
         Games(
             "atari6",
-            "KungFuMaster, Boxing, Jamesbond, Krull, Riverraid and SpaceInvaders, a head each, three "
-            "convolutions and 1,024 hidden units, PPO, 10 M steps a game",
+            "KungFuMaster, Boxing, Jamesbond, Krull, Riverraid and SpaceInvaders, a head per task, "
+            "three convolutions and 1,024 hidden units, PPO, 10 M steps per game",
             environments={name: f"ALE/{name}-v5" for name in _ATARI},
             actions=tuple(_ATARI.values()),
             body=_atari_network,
@@ -257,7 +257,7 @@ GAMES = {
             },
             tasks=6,
             epochs=500,
-            source="the paper: games, network, PPO and its settings, but for the critic's loss, which is not "
+            source="the paper: games, network, PPO and its settings, except that the critic's loss is not "
             "clipped",
             best=100.0,
             validate_every=50,

@@ -1,4 +1,4 @@
-"""The machine that figures come from, in words."""
+"""The machine that measured the figures, in words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def machine(device: str = "cpu") -> str:
-    """The processor that does the work.
+    """Return the name of the processor.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        Its model and, of a CPU, how many threads torch runs on it.
+        Its model; for a CPU also the number of threads of torch.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()

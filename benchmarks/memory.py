@@ -1,4 +1,4 @@
-"""How much memory some work allocates at its peak, and how much an object holds."""
+"""The peak memory of a function, and the memory that an object holds."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that tensors made by ``work`` take at a time, counted from what was there before.
+    """Return the peak memory of the tensors that a function allocates.
 
-    On the CPU it is counted from the allocations themselves, so that it is the same in every run.
+    On the CPU it is summed from the allocations, so that it is the same in every run.
 
     Args:
-        work: What to run; tensors that it leaves behind count too.
+        work: The function; tensors that outlive it count too.
 
     Returns:
-        Bytes.
+        Bytes, above what was allocated before.
 
     Example:
         >>> 8_000 <= peak_bytes(lambda: torch.zeros(1_000) + 1) < 9_000
@@ -44,10 +45,12 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def held_bytes(holder: object, beside: nn.Module) -> int:
-    """How much the tensors take that an object holds, those of a network not counted.
+    """Return the memory of the tensors that an object holds, without those of a network and of optimizers.
+
+    Optimizers are left out since they live for one task only.
 
     Args:
-        holder: Of this project or a container: what its attributes or items hold is looked through.
+        holder: An object of this project or a container; its attributes or items are searched.
         beside: The network.
 
     Returns:
@@ -62,7 +65,7 @@ def held_bytes(holder: object, beside: nn.Module) -> int:
     total, left = 0, [holder]
     while left:
         thing = left.pop()
-        if id(thing) in seen or thing is beside:
+        if id(thing) in seen or thing is beside or isinstance(thing, Optimizer):
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):

@@ -1,4 +1,4 @@
-"""The methods that are compared, and the one setting of each that is searched."""
+"""The methods that are compared, each with the setting that is searched."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import partial
 
 import pytorch_lightning as pl
 
-from benchmarks.baselines import EWC, GPM, MAS, SI, FineTuning, FrozenBody, LwF
 from lightning_blip import BLIP
+from lightning_blip.baselines import EWC, GPM, MAS, SI, FrozenBody, LwF
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as it enters the comparison.
+    """A method of the comparison.
 
     Attributes:
-        title: How it is called in tables and pictures.
-        make: Its callback, from its settings.
-        setting: The main one, which is searched; None where nothing is.
-        values: Those that the search tries.
+        title: Its name in tables and pictures.
+        make: Makes its callback from its settings.
+        setting: The setting that is searched; None if nothing is searched.
+        values: The values that the search tries.
     """
 
     title: str
@@ -29,9 +29,9 @@ class Method:
     values: tuple[float, ...] = ()
 
 
-#: By the name that the command line knows.
+#: By the name that the command line takes. A callback that does nothing stands for training without one.
 METHODS: dict[str, Method] = {
-    "finetune": Method("fine-tuning", FineTuning),
+    "finetune": Method("fine-tuning", pl.Callback),
     "frozen": Method("frozen body", FrozenBody),
     "ewc": Method("online EWC", EWC, "strength", (3, 10, 30, 100)),
     "si": Method("SI", SI, "strength", (0.01, 0.1, 1, 10)),
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "blip-kronecker": Method("BLIP, Kronecker", partial(BLIP, basis="kronecker")),
     "blip-paper": Method("BLIP, as published", BLIP.paper),
     # All tasks at once: there is nothing to forget.
-    "joint": Method("joint training", FineTuning),
-    # A network a task: nothing to forget, and nothing shared.
-    "single": Method("single-task runs", FineTuning),
+    "joint": Method("joint training", pl.Callback),
+    # One network per task: nothing is forgotten, and nothing is shared.
+    "single": Method("single-task runs", pl.Callback),
 }

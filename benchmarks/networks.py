@@ -1,4 +1,4 @@
-"""The networks of the benchmarks, and the LightningModule that trains them."""
+"""The networks of the benchmarks, and the classifier that trains them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers with ReLU, from as many inputs as the first size has, without a head."""
+    """Return linear layers with ReLU of these sizes, from inputs to features, without a head."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -22,29 +22,32 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
 
 
 def flattening_mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """The same for images, which it puts in a row."""
+    """Return the same for images, which are flattened first."""
     return nn.Sequential(nn.Flatten(), mlp(sizes))
 
 
 class Dropout(nn.Dropout):
-    """Drawn from uniform numbers, which a CPU takes a third of the time for that it takes for Bernoulli's."""
+    """Dropout from uniform random numbers, which a CPU draws three times as fast as Bernoulli ones."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """A share p of the values is 0, and the others make up for it."""
+        """Set a share p of the values to 0 and scale the others by 1/(1 − p), in training."""
         return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p) if self.training else x
 
 
 def alexnet(
     width: float = 1.0, size: int = 32, hidden: Sequence[int] | None = None, dropout: float = 0.2
 ) -> nn.Sequential:
-    """The AlexNet of the paper's experiments without a head: (3, 32, 32) to 2,048, 6.5 M parameters.
+    """Return the AlexNet of the paper without a head: (3, 32, 32) to 2,048, 6.5 M parameters.
 
     Args:
-        width: Scales the number of channels.
-        size: Height and width of the images, 32 at least; the kernels grow with it.
-        hidden: Units of the two hidden layers, the last of them the outputs; 2,048 each, scaled by the width,
-            where not given.
+        width: A factor for the number of channels.
+        size: Height and width of the images, at least 32; the kernels grow with it.
+        hidden: The sizes of the hidden layers, the last of which is the output; by default two of 2,048,
+            scaled by the width.
         dropout: The share dropped after the last convolution and after the hidden layers.
+
+    Returns:
+        The layers.
     """
     channels = [3, *(round(width * size) for size in (64, 128, 256))]
     layers: list[nn.Module] = []
@@ -74,7 +77,7 @@ def _normalised(
 
 
 class Residual(nn.Module):
-    """A block of a ResNet: two 3x3 convolutions, or one between two 1x1 (a bottleneck), with a shortcut."""
+    """A block of a ResNet with a shortcut: two 3x3 convolutions, or one between two 1x1 (a bottleneck)."""
 
     def __init__(
         self, inputs: int, width: int, outputs: int, stride: int, bottleneck: bool, affine: bool = True
@@ -91,7 +94,7 @@ class Residual(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of both ways, past zero."""
+        """Return the ReLU of the sum of both branches."""
         total: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return total
 
@@ -99,7 +102,7 @@ class Residual(nn.Module):
 def _stages(
     stem: nn.Module, width: int, depths: Iterable[int], bottleneck: bool, affine: bool = True
 ) -> tuple[list[nn.Module], int]:
-    """The layers of a ResNet from its stem to before its pool, and how many channels they end in."""
+    """Return the layers of a ResNet from stem to before the pool, and their number of output channels."""
     layers: list[nn.Module] = [stem, nn.ReLU(inplace=True)]
     inputs = width
     for stage, depth in enumerate(depths):
@@ -116,11 +119,11 @@ class ResNet(nn.Sequential):
     """A ResNet with its head.
 
     Args:
-        stem: From images to ``width`` channels.
-        width: Channels in the first of the four stages, doubled in each further one.
-        depths: Blocks in each stage.
-        bottleneck: Whether blocks have a bottleneck, and so four times as many outputs.
-        classes: Outputs of the head.
+        stem: Maps images to ``width`` channels.
+        width: The number of channels in the first stage, doubled in each further one.
+        depths: The number of blocks in each stage.
+        bottleneck: Whether blocks have a bottleneck, with four times as many outputs.
+        classes: The number of outputs of the head.
     """
 
     def __init__(
@@ -131,18 +134,21 @@ class ResNet(nn.Sequential):
 
 
 def resnet18(width: int = 64, classes: int = 10) -> ResNet:
-    """ResNet-18 with a head, for images as small as CIFAR's: (3, 32, 32), 11.2 M parameters."""
+    """Return a ResNet-18 with a head for images of the size of CIFAR: (3, 32, 32), 11.2 M parameters."""
     return ResNet(_normalised(3, width, 3), width, (2, 2, 2, 2), bottleneck=False, classes=classes)
 
 
 def mini_imagenet_resnet18(width: float = 1.5) -> nn.Sequential:
-    """The ResNet-18 of the paper's mini-ImageNet experiment without a head: (3, 84, 84) to 768.
+    """Return the ResNet-18 of the paper's mini-ImageNet experiment without a head: (3, 84, 84) to 768.
 
-    It halves the image at once, its norms have no parameters of their own, and its pool sees the first four
-    rows and columns of the last six. 25.1 M parameters.
+    Its stem halves the image, its normalisation layers have no parameters, and its pool covers the first four
+    of the last six rows and columns. 25.1 M parameters.
 
     Args:
-        width: Scales the number of channels, that of the outputs, 512, included.
+        width: A factor for the number of channels, including the 512 outputs.
+
+    Returns:
+        The layers.
     """
     channels = int(64 * width)
     stem = _normalised(3, channels, 3, 2, affine=False)
@@ -151,13 +157,13 @@ def mini_imagenet_resnet18(width: float = 1.5) -> nn.Sequential:
 
 
 def resnet50(classes: int = 1000) -> ResNet:
-    """ResNet-50 with a head, for ImageNet: (3, 224, 224), 25.6 M parameters."""
+    """Return a ResNet-50 with a head for ImageNet: (3, 224, 224), 25.6 M parameters."""
     stem = nn.Sequential(_normalised(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
     return ResNet(stem, 64, (3, 4, 6, 3), bottleneck=True, classes=classes)
 
 
 class Attending(nn.Module):
-    """A block of a transformer: self-attention and an MLP, each after its norm and around a shortcut."""
+    """A block of a transformer: self-attention and an MLP, each after a norm and with a shortcut."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -167,7 +173,7 @@ class Attending(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (batch, positions, dim) to the same shape."""
+        """Map (batch, positions, dim) to the same shape."""
         qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
         attended = F.scaled_dot_product_attention(*qkv.transpose(1, 3).unbind(2))
         x = x + self.project(attended.transpose(1, 2).flatten(2))
@@ -187,7 +193,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, from the class token."""
+        """Return the logits, computed from the class token."""
         patches = self.embed(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
@@ -197,21 +203,21 @@ class ViT(nn.Module):
 def vit(
     size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3, classes: int = 10
 ) -> ViT:
-    """Half a ViT-Tiny with a head, for images as small as CIFAR's: (3, 32, 32), 2.7 M parameters."""
+    """Return half a ViT-Tiny with a head for images of the size of CIFAR: (3, 32, 32), 2.7 M parameters."""
     return ViT(size, patch, dim, depth, heads, classes)
 
 
 def vit_small(classes: int = 10) -> ViT:
-    """A ViT-Small with a head, for images as small as CIFAR's: (3, 32, 32), 21.3 M parameters."""
+    """Return a ViT-Small with a head for images of the size of CIFAR: (3, 32, 32), 21.3 M parameters."""
     return vit(dim=384, depth=12, heads=6, classes=classes)
 
 
 class Classifier(pl.LightningModule):
-    """An ordinary classifier: cross-entropy, accuracy in validation.
+    """An ordinary classifier, trained by cross-entropy.
 
     Args:
-        body: From inputs to features.
-        head: From features to logits: a Linear layer, or heads per task.
+        body: Maps inputs to features.
+        head: Maps features to logits: a Linear layer, or heads per task.
         optimizer: Makes the optimizer from the parameters.
     """
 
@@ -227,29 +233,29 @@ class Classifier(pl.LightningModule):
         self._make_optimizer = optimizer
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of any module, without looking for parameters in what Lightning notes 44 times a step."""
+        """Set an attribute; skip the checks of a module for the one that Lightning sets 44 times per step."""
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         logits: Tensor = self.head(self.body(x))
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         x, y = batch
         return F.cross_entropy(self(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the accuracy of the loader's task."""
+        """Log the accuracy on the loader's task."""
         x, y = batch
         logits = self(x)
         accuracy = multiclass_accuracy(logits, y, num_classes=logits.shape[1], average="micro")
         self.log("val_acc", accuracy, batch_size=len(y))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer asked for."""
+        """Return the optimizer."""
         return self._make_optimizer(self.parameters())

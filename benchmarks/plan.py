@@ -1,4 +1,4 @@
-"""What the results consist of: methods on streams, the search for their settings, and the seeds."""
+"""The plan of the results: methods on streams, the search for their settings, and the seeds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.games import Games
+from benchmarks.learning import STREAMS, Run
 from benchmarks.methods import METHODS
 from benchmarks.protocols import Protocol
 from benchmarks.record import Record
-from benchmarks.run import STREAMS, Run
 
-# Settings are searched on so many tasks, with seed 0.
+# The number of tasks on which settings are searched, with seed 0.
 _SEARCH_TASKS = 3
 _COMPARED = tuple(name for name in METHODS if name not in ("blip-paper", "single"))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method on a stream: a search for its setting, if it has one, and then a run for each seed.
+    """A method on a stream: the search for its setting, if it has one, and then one run per seed.
 
     Attributes:
         part: The stream.
-        method: Name of the method.
+        method: The name of the method.
     """
 
     part: Part
@@ -32,7 +32,7 @@ class Entry:
 
     @property
     def search(self) -> list[Job]:
-        """Runs of the first tasks, one for each value of the setting."""
+        """The runs on the first tasks, one for each value of the setting."""
         method = METHODS[self.method]
         searched = (self.part.searched_on or self.part).protocol
         first = replace(searched, tasks=min(_SEARCH_TASKS, searched.tasks))
@@ -40,12 +40,15 @@ class Entry:
         return [Job(Run(first, self.method, {str(method.setting): value}), 0) for value in values]
 
     def seeds_of_best(self, out: Path) -> list[Job]:
-        """Runs of the whole stream, with the value that had the highest ACC in the search.
+        """Return the runs of the whole stream, with the value that had the highest ACC in the search.
 
-        One with which the whole stream diverges, for any seed, gives way to the next best.
+        If the whole stream diverges with the best value for any seed, the next best is taken.
 
         Args:
-            out: Folder of the records, those of the search among them.
+            out: The folder of the records, which has those of the search.
+
+        Returns:
+            One run per seed; none if the stream diverges with every value.
         """
         if not self.search:
             return self.seeds(self.part.blip if self.method.startswith("blip") else {})
@@ -55,16 +58,16 @@ class Entry:
         return stable[0] if stable else []
 
     def left(self, out: Path) -> list[Job]:
-        """What can be done next: those runs of the search, or else of the seeds, that have not ended."""
+        """Return the runs that can start now: of the search if it has not ended, otherwise of the seeds."""
         return _not_ended(self.search, out) or _not_ended(self.seeds_of_best(out), out)
 
     def to_come(self, out: Path) -> list[Job]:
-        """All runs that have not ended; those of the seeds without a setting until the search is over."""
+        """Return all runs that have not ended; those of the seeds have no setting before the search ends."""
         search = _not_ended(self.search, out)
         return [*search, *self.seeds({})] if search else self.left(out)
 
     def seeds(self, settings: dict[str, Any]) -> list[Job]:
-        """Runs of the whole stream with these settings."""
+        """Return the runs of the whole stream with these settings."""
         run = Run(self.part.protocol, self.method, settings)
         return [Job(run, seed) for seed in range(self.part.seeds)]
 
@@ -78,23 +81,23 @@ class Job:
 
     @property
     def epochs(self) -> int:
-        """How many it trains, over all tasks."""
+        """The number of epochs, over all tasks."""
         return self.run.protocol.tasks * self.run.protocol.epochs
 
     def path(self, out: Path) -> Path:
-        """Where its record lies."""
+        """Return the file of its record."""
         return self.run.path(out, self.seed)
 
     def diverged(self, out: Path) -> Path:
-        """What is there instead if it diverged."""
+        """Return the file that stands for the record if it diverged."""
         return self.run.diverged(out, self.seed)
 
     def ended(self, out: Path) -> bool:
-        """Whether it was run, well or not."""
+        """Return whether it has a record or has diverged."""
         return self.path(out).exists() or self.diverged(out).exists()
 
     def score(self, out: Path) -> float:
-        """Its ACC, in %; less than all others if it diverged."""
+        """Return its ACC, in %; less than any other score if it diverged."""
         return -1.0 if self.diverged(out).exists() else Record.read(self.path(out)).ACC
 
 
@@ -104,17 +107,17 @@ def _not_ended(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 @dataclass(frozen=True)
 class Part:
-    """A stream's place in the results.
+    """A stream in the results.
 
     Attributes:
-        stream: Its name.
-        seeds: How many.
-        epochs: Of each task, if not the stream's own.
-        methods: Their names.
-        values: Those that the searches try, by method, where they are not the usual ones.
-        searched_on: The part whose first tasks the settings are searched on, if not this one.
-        blip: Arguments of BLIP, where it does not run at its defaults.
-        behind: Why another method is ahead of BLIP, where one is.
+        stream: The name of the stream.
+        seeds: The number of seeds.
+        epochs: The number of epochs per task, if not the stream's.
+        methods: The names of the methods.
+        values: The values that the searches try, by method, if not the usual ones.
+        searched_on: The part on whose first tasks the settings are searched, if not this one.
+        blip: Arguments of BLIP, if it does not run at its defaults.
+        behind: The reason why another method is ahead of BLIP, if one is.
     """
 
     stream: str
@@ -128,26 +131,26 @@ class Part:
 
     @property
     def protocol(self) -> Protocol | Games:
-        """The stream as it is learned here."""
+        """The stream with the number of epochs of this part."""
         usual = STREAMS[self.stream]
         return replace(usual, epochs=self.epochs or usual.epochs)
 
     @property
     def entries(self) -> list[Entry]:
-        """A method each."""
+        """One entry per method."""
         return [Entry(self, method) for method in self.methods]
 
 
-# From before smoothing=0.1 became the default.
+# These records were made before smoothing=0.1 became the default.
 _CIFAR10 = Part("split_cifar10", blip={"smoothing": 0.02})
 _CIFAR10_SHORT = Part("split_cifar10", seeds=1, epochs=1)
 
 _PLAYERS = ("single", "finetune", "ewc", "blip", "blip-kronecker")
-# From the paper's 5,000 downwards.
+# From the 5,000 of the paper downwards.
 _OF_PLAYERS = {"ewc": (5_000, 50, 5, 0.5)}
 
-#: All parts of the results, by table: what two cores learn in three hours, what takes them longer, what takes
-#: a GPU, and what two cores learn to play.
+#: All parts of the results, by table: streams for two cores in three hours, longer ones, games for two
+#: cores, and streams for a GPU.
 PARTS: dict[str, tuple[Part, ...]] = {
     "cpu": (
         Part("split_mnist"),
@@ -158,16 +161,16 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(
             "permuted_mnist_heads",
             epochs=1,
-            behind="With a head for each task SGD forgets next to nothing in one epoch: there is nothing to "
-            "win by remembering. Adam forgets 12.6 points, and BLIP is far ahead: see "
+            behind="With a head per task SGD forgets almost nothing in one epoch, so that no method can win "
+            "by preventing it. Adam forgets 12.6 points, and BLIP is far ahead: see "
             "`permuted_mnist_heads_adam`.",
         ),
         _CIFAR10_SHORT,
-        # On three tasks a search would be all there is.
+        # It has only the three tasks that a search would take.
         Part("three_sets", seeds=1, epochs=1, searched_on=_CIFAR10_SHORT),
     ),
     "long": (
-        # To check baselines against published figures.
+        # Checks baselines against published figures.
         Part(
             "split_mnist_domain_drawn",
             methods=("finetune", "ewc", "si", "lwf", "blip", "blip-kronecker", "joint"),
@@ -176,7 +179,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(
             "permuted_mnist_heads",
             methods=("finetune", "blip", "blip-kronecker"),
-            behind="With a head for each task SGD forgets next to nothing.",
+            behind="With a head per task SGD forgets almost nothing.",
         ),
         Part(
             "permuted_mnist_heads_adam",
@@ -189,8 +192,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
             "cartpole",
             methods=_PLAYERS,
             values=_OF_PLAYERS,
-            behind="Whatever guards the body keeps the earlier tasks: the stream shows that they are kept, "
-            "not by which method best.",
+            behind="Every method that protects the body keeps the earlier tasks: the stream shows that they "
+            "are kept, not which method is best.",
         ),
         Part("minatar", methods=_PLAYERS, values=_OF_PLAYERS),
     ),

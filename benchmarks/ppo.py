@@ -1,4 +1,4 @@
-"""Proximal policy optimization: an agent that learns environments, one after another or a single one."""
+"""Proximal policy optimization: an agent that learns one environment, or several one after another."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from lightning_blip.tasks.rollouts import Episodes, Rollout
 
 
 def categorical(output: Tensor) -> Distribution:
-    """The policy over discrete actions that logits (N, actions) give."""
+    """Return the policy over discrete actions with logits (N, actions)."""
     return Categorical(logits=output)
 
 
 def gaussian(output: Tensor) -> Distribution:
-    """The policy over continuous actions that (N, 2 · actions) give: means, then logarithms of deviations."""
+    """Return the policy over continuous actions with means and log standard deviations (N, 2 · actions)."""
     mean, log_deviation = output.chunk(2, -1)
     return Independent(Normal(mean, log_deviation.clamp(-5.0, 2.0).exp()), 1)
 
 
 class PPO(pl.LightningModule):
-    """An actor and a critic with a head each for every task, above a body that they share.
+    """An actor and a critic with a shared body, and one head each per task.
 
-    Weights begin orthogonal, biases at zero; the rate falls linearly to zero over each task.
+    Weights start orthogonal and biases at zero; the learning rate decays linearly to zero over each task.
 
     Args:
-        body: From observations to features.
-        features: How many.
-        actions: Of each task: how many discrete actions, or the dimension of continuous ones.
-        continuous: Whether actions are continuous: drawn from normal distributions, whose means and
-            deviations are learned.
-        lr: Adam's rate at a task's beginning.
-        clip: How far the ratio of new to old probabilities counts.
+        body: Maps observations to features.
+        features: The number of features.
+        actions: For each task, the number of discrete actions or the dimension of continuous ones.
+        continuous: Whether actions are continuous, from normal distributions with learned means and standard
+            deviations.
+        lr: The learning rate of Adam at the start of a task.
+        clip: The largest difference from 1 of the ratio of new to old probabilities that counts.
         discount: γ.
         trace: λ of the generalised advantage estimate.
-        value_weight: Of the critic's loss.
-        entropy_weight: Of the policy's entropy.
-        max_norm: Of the gradient.
-        reward_scale: What rewards are multiplied by, so that the critic's errors do not outweigh the policy.
+        value_weight: The weight of the critic's loss.
+        entropy_weight: The weight of the policy's entropy.
+        max_norm: The largest norm of the gradient.
+        reward_scale: A factor for rewards, which keeps the critic's loss from outweighing the policy's.
 
     Source:
         Schulman, Wolski, Dhariwal, Radford, Klimov, Proximal policy optimization algorithms, arXiv
@@ -84,12 +84,12 @@ class PPO(pl.LightningModule):
             _begin_orthogonal(part, gain)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """What gives the policy: logits, or means and logarithms of deviations."""
+        """Return the parameters of the policy: logits, or means and log standard deviations."""
         output: Tensor = self.head(self.body(observations)).float()
         return output
 
     def act(self, observations: Tensor, explore: bool) -> dict[str, Tensor]:
-        """Draws an action, or takes the most probable one; keeps its probability and what the critic said."""
+        """Draw an action or take the most probable one; return it with its log-probability and value."""
         features = self.body(observations)
         policy = self.policy(self.head(features).float())
         actions = policy.sample() if explore else policy.mode
@@ -101,7 +101,7 @@ class PPO(pl.LightningModule):
 
     @torch.no_grad()
     def targets(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Adds advantages and returns; where an episode's time was up, the critic says what was to come."""
+        """Add advantages and returns; at a time limit the critic's value stands for the later rewards."""
         rewards = self.reward_scale * rollout.rewards
         if len(rollout.cut):
             rewards[tuple(rollout.cut.T)] += self.discount * self._values(self.body(rollout.after_cut))
@@ -117,7 +117,7 @@ class PPO(pl.LightningModule):
         return {**rollout.decisions, "advantages": advantages, "returns": advantages + values}
 
     def training_step(self, batch: tuple[Tensor, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        """The clipped losses of policy and critic, and the policy's entropy."""
+        """Return the clipped policy loss plus the critic's loss minus the policy's entropy, weighted."""
         observations, old = batch
         features = self.body(observations)
         policy, values = self.policy(self.head(features).float()), self._values(features)
@@ -133,19 +133,19 @@ class PPO(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the mean return of the episodes."""
+        """Log the mean return of the episodes."""
         self.log("val_return", batch.play(self).mean(), batch_size=batch.count)
 
     def test_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the mean return of the episodes."""
+        """Log the mean return of the episodes."""
         self.log("test_return", batch.play(self).mean(), batch_size=batch.count)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clips the gradient's norm."""
+        """Clip the norm of the gradient."""
         self.clip_gradients(optimizer, self.max_norm, "norm")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, its rate falling to zero over the task."""
+        """Return Adam with a learning rate that decays to zero over the task."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, eps=1e-5)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
@@ -159,13 +159,13 @@ class PPO(pl.LightningModule):
 def advantage(
     rewards: Tensor, values: Tensor, ended: Tensor, following: Tensor, discount: float, trace: float
 ) -> Tensor:
-    """The generalised advantage estimate.
+    """Return the generalised advantage estimate.
 
     Args:
-        rewards: (T, N).
-        values: (T, N), what the critic expected before each step.
-        ended: (T, N), whether the episode ended with the step.
-        following: (N,), what it expects after the last step.
+        rewards: The rewards, (T, N).
+        values: The critic's values before each step, (T, N).
+        ended: Whether the episode ended with the step, (T, N).
+        following: The critic's values after the last step, (N,).
         discount: γ.
         trace: λ.
 

@@ -1,4 +1,4 @@
-"""Compares the forgetting that BLIP predicts without data with that measured on the past tasks' data."""
+"""Compare the forgetting that BLIP predicts without data with that measured on past tasks' data."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.learning import Run
 from benchmarks.machine import machine
-from benchmarks.run import Run, parse_run
+from benchmarks.run import parse_run
 from benchmarks.trainer import quiet_trainer
 from lightning_blip import BLIP, Task
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.tasks.sequence import sequence
 from lightning_blip.tasks.task import MappedDataset
 
-# More of a task's samples are not needed: the loss of so many is known to a few hundredths of its spread.
+# The mean loss of this many samples is accurate to a few hundredths of its spread over samples.
 _MOST_SAMPLES = 2_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One moment of learning a task.
+    """Predicted and measured forgetting at one moment of a task.
 
     Attributes:
-        task: Name of the task being learned.
-        share: How much of its training is done, above 0 to 1.
-        predicted: What the tasks before have forgotten since the last boundary, as BLIP predicts it, in nats
-            a sample.
-        measured: The rise of their loss since then, mean over them, in nats a sample; may be negative.
+        task: The name of the task being learned.
+        share: The share of its training that is done, above 0 to 1.
+        predicted: The forgetting of the earlier tasks since the last boundary that BLIP predicts, in nats per
+            sample.
+        measured: The mean rise of their losses since then, in nats per sample; may be negative.
     """
 
     task: str
@@ -49,14 +50,14 @@ class Point:
 
 
 class ForgettingWatch(pl.Callback):
-    """Takes down what is forgotten, as predicted and as measured, while each task but the first is learned.
+    """Collect predicted and measured forgetting during each task after the first.
 
-    It has to come before BLIP among the callbacks: the last point of a task is then that of the weights which
-    training ended with, and not of those that BLIP makes of them.
+    Place it before BLIP among the callbacks: the last point of a task then has the weights at the end of
+    training, before BLIP averages and consolidates them.
 
     Args:
         blip: The BLIP of the same fit.
-        points_per_task: How many points, evenly spaced over the task's steps, the last one at its end.
+        points_per_task: The number of points per task, evenly spaced over its steps, the last one at its end.
     """
 
     def __init__(self, blip: BLIP, points_per_task: int) -> None:
@@ -66,24 +67,24 @@ class ForgettingWatch(pl.Callback):
         self._at_boundary: list[float] = []
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Measures where the losses rise from."""
+        """Measure the losses of the past tasks at the boundary."""
         self._at_boundary = self._past_losses(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes a point if it is time."""
+        """Collect a point if it is due."""
         tasks, batches = sequence(trainer), int(trainer.num_training_batches)
         done, steps = tasks.epoch * batches + batch_idx + 1, tasks.epochs[tasks.task.index] * batches
         if done < steps and _completes_a_part(done, steps, self._points_per_task):
             self._take(trainer, pl_module, done / steps)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Takes the last point, before anything is averaged or consolidated."""
+        """Collect the last point, before BLIP averages and consolidates."""
         self._take(trainer, pl_module, 1.0)
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> None:
-        if not self._at_boundary:  # nothing is there to be forgotten
+        if not self._at_boundary:  # the first task
             return
         losses = self._past_losses(trainer, pl_module)
         rises = [now - before for now, before in zip(losses, self._at_boundary, strict=True)]
@@ -105,15 +106,17 @@ def _completes_a_part(done: int, steps: int, parts: int) -> bool:
 
 
 def losses(blip: BLIP, module: pl.LightningModule, tasks: Sequence[Task]) -> list[float]:
-    """The cross-entropy on training data of each task, in evaluation mode; it leaves no trace.
+    """Return the cross-entropy on training data of each task, in evaluation mode.
+
+    The module's modes, buffers, gradients and active heads, and the random numbers, stay as they were.
 
     Args:
-        blip: It has learned the tasks, and knows what else belongs to each.
-        module: The network, which goes on learning the task after them.
-        tasks: In the order of learning.
+        blip: The BLIP that has learned the tasks, with the running statistics of each.
+        module: The network, which is learning the next task.
+        tasks: The learned tasks, in order.
 
     Returns:
-        The mean over at most 2,000 samples of each task, always the same ones, in nats.
+        The mean over at most 2,000 samples of each task, the same ones at each call, in nats.
     """
     means = []
     with left_as_before(module, module.device, wanted=()):
@@ -133,18 +136,18 @@ def _samples(task: Task) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What predicting and measuring came to on one stream.
+    """Predicted and measured forgetting on one stream.
 
     Attributes:
-        stream: Name of the stream.
-        basis: Of BLIP.
+        stream: The name of the stream.
+        basis: The basis of BLIP.
         settings: The arguments of BLIP that were given.
-        seed: Of network, tasks and order of samples.
-        tasks: How many there were.
-        epochs: How long each was trained.
-        points: All moments, in order.
-        machine: Where.
-        torch_version: With which torch.
+        seed: The seed of network, tasks and order of samples.
+        tasks: The number of tasks.
+        epochs: The number of epochs per task.
+        points: All points, in order.
+        machine: The processor.
+        torch_version: The version of torch.
     """
 
     stream: str
@@ -159,7 +162,7 @@ class Comparison:
 
     @property
     def correlation(self) -> float:
-        """Spearman's rank correlation of prediction and measurement."""
+        """Spearman's rank correlation of predicted and measured forgetting."""
         correlation, _ = spearmanr(
             [point.predicted for point in self.points], [point.measured for point in self.points]
         )
@@ -167,7 +170,7 @@ class Comparison:
 
     @property
     def share_within_two(self) -> float:
-        """The share of points whose measured rise is at least half, and at most twice, the predicted one."""
+        """The share of points whose measured forgetting is between half and twice the predicted one."""
         return statistics.fmean(
             point.predicted / 2 <= point.measured <= 2 * point.predicted for point in self.points
         )
@@ -179,12 +182,12 @@ class Comparison:
         )
 
     def write(self, path: Path) -> None:
-        """Saves the points and what they come to."""
+        """Write the points, the correlation and the share within a factor of two."""
         figures = {"correlation": self.correlation, "share_within_two": self.share_within_two}
         path.write_text(json.dumps({**asdict(self), **figures}, default=str) + "\n")
 
     def draw(self) -> Figure:
-        """Measured rises over predicted ones, a colour a task, and the line where both are the same."""
+        """Return a picture of measured over predicted forgetting, one colour per task, with the diagonal."""
         figure = Figure(figsize=(8, 5), layout="constrained")
         figure.suptitle(str(self), fontsize="medium")
         axes = figure.subplots()
@@ -199,12 +202,12 @@ class Comparison:
             )
         predicted = [point.predicted for point in self.points]
         low, high = min(predicted), max(predicted)
-        # A loss may also fall: below the least prediction, down to zero and beyond, the axis is linear.
+        # A loss may also fall: below the smallest prediction the axis is linear, through zero.
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=low)
         axes.plot([low, high], [low, high], color="0.6", zorder=0, label="measured = predicted")
         axes.set(
-            xlabel="predicted forgetting (nats a sample)", ylabel="measured rise of the past tasks' loss"
+            xlabel="predicted forgetting (nats per sample)", ylabel="measured rise of the past tasks' loss"
         )
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -212,12 +215,12 @@ class Comparison:
 
 
 def compare(run: Run, data: Path, seed: int, points_per_task: int) -> Comparison:
-    """Learns a stream with BLIP, and takes points on the way.
+    """Learn a stream with BLIP, and collect points during training.
 
     Args:
         run: The stream, and the arguments of BLIP.
-        data: Folder of the data.
-        seed: Of all that is random.
+        data: The folder of the data.
+        seed: The seed of everything that is random.
         points_per_task: See :class:`ForgettingWatch`.
 
     Returns:
@@ -245,13 +248,15 @@ def compare(run: Run, data: Path, seed: int, points_per_task: int) -> Comparison
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--points-per-task", type=int, default=5, help="evenly spaced, the last at its end")
+    parser.add_argument(
+        "--points-per-task", type=int, default=5, help="evenly spaced, the last one at the end of the task"
+    )
     parser.set_defaults(method="blip")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Takes the points of one seed, saves and draws them, and prints what they come to."""
+    """Collect the points of one seed, save and draw them, and print the summary."""
     parser = _parser()
     run, options = parse_run(parser, arguments)
     if run.protocol.tasks < 2:

@@ -1,4 +1,4 @@
-"""The streams: which tasks, learned by which network, how."""
+"""The streams of images: their tasks, networks, optimizers and lengths."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Protocol:
     """A stream of tasks and how it is learned.
 
     Attributes:
-        name: Of the stream.
-        description: In one line.
+        name: The name of the stream.
+        description: One line of text.
         make_tasks: See :class:`Stream`.
-        network: From the number of tasks to the body and the head of a network.
+        network: Makes the body and the head of a network for a number of tasks.
         optimizer: Makes the optimizer from the parameters.
-        tasks: How many there are.
-        epochs: How long each is trained.
-        batch_size: In training.
-        source: Whose settings these are, and where they had to be chosen.
-        metric: What the network logs in validation; a share, higher is better.
+        tasks: The number of tasks.
+        epochs: The number of epochs per task.
+        batch_size: The batch size in training.
+        source: The publication with these settings, and what was chosen here.
+        metric: The score that the network logs in validation; a share, higher is better.
     """
 
     name: str
@@ -50,41 +50,41 @@ class Protocol:
 
     @property
     def save_every(self) -> int:
-        """In epochs: after each task."""
+        """The number of epochs from one checkpoint to the next: those of a task."""
         return self.epochs
 
     @property
     def validate_every(self) -> int:
-        """In epochs: never, but at the boundaries, which validate by themselves."""
+        """More epochs than the run has: it is validated at the boundaries only."""
         return self.tasks * self.epochs + 1
 
     @property
     def ceilings(self) -> None:
-        """None: 100 % is a share of 1."""
+        """None: a score of 1 counts as 100 %."""
 
     def stream(self, folder: Path, seed: int) -> TaskSequenceDataModule:
-        """The tasks, to be learned.
+        """Return the tasks as a data module.
 
         Args:
-            folder: Where the data lies.
-            seed: Of the tasks and of the order of their samples.
+            folder: The folder of the data.
+            seed: The seed of the tasks and of the order of their samples.
 
         Returns:
             The data module.
 
         Raises:
             FileNotFoundError: If the data is not there.
-            ValueError: If the stream does not have that many tasks.
+            ValueError: If the stream has fewer tasks.
         """
         return Stream(folder, self.make_tasks, self.tasks, self.epochs, self.batch_size, seed)
 
     def module(self) -> Classifier:
-        """The network, its parameters drawn from torch's global random numbers."""
-        # On two cores convolutions take a quarter less time so.
+        """Return the network, its parameters drawn from torch's global random numbers."""
+        # On two cores this makes convolutions a quarter faster.
         return Classifier(*self.network(self.tasks), self.optimizer).to(memory_format=torch.channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process finds the functions by the stream's name.
+        # Another process looks the functions up by the name of the stream.
         return _of_length, (self.name, self.tasks, self.epochs)
 
 
@@ -97,7 +97,13 @@ def _shared_head(classes: int, *sizes: int) -> Callable[[int], Network]:
 
 
 def _with_heads(body: Callable[[], nn.Module], outputs: int, *classes: int) -> Callable[[int], Network]:
-    """A body with so many outputs, and a head a task, of one number of classes or of several by turns."""
+    """Return a function that makes a body and one head per task.
+
+    Args:
+        body: Makes the body.
+        outputs: The number of its outputs.
+        classes: The number of classes of each head; several numbers repeat in order.
+    """
     return lambda tasks: (
         body(),
         TaskHeads(outputs, classes=[classes[i % len(classes)] for i in range(tasks)]),
@@ -105,15 +111,16 @@ def _with_heads(body: Callable[[], nn.Module], outputs: int, *classes: int) -> C
 
 
 _OURS = "our choice"
-# What streams of the paper have in common with its code, https://github.com/Yujun-Shi/BLIP, and what not.
+# What the streams of the paper share with its code, https://github.com/Yujun-Shi/BLIP, and what differs.
 _PAPER = (
-    "the paper's code: {}; up to 200 epochs, ended and slowed down (rate / 3 after 5 epochs) by the loss on "
-    "{} of the training data held out. Our choice: all training data, a constant rate, {} epochs"
+    "the paper's code: {}; up to 200 epochs, ended early and with a learning rate that decays (/ 3 after 5 "
+    "epochs) by the loss on {} of the training data held out. Our choice: all training data, a constant "
+    "learning rate, {} epochs"
 )
 
 _PERMUTED = Protocol(
     "permuted_mnist",
-    "10 permutations of MNIST, one shared head, MLP 784-100-100-10, SGD 0.01, batch 10, 5 epochs a task",
+    "10 permutations of MNIST, one shared head, MLP 784-100-100-10, SGD 0.01, batch 10, 5 epochs per task",
     make_tasks=Permuted(flat),
     network=_shared_head(10, 784, 100, 100),
     optimizer=partial(SGD, lr=0.01),
@@ -124,7 +131,7 @@ _PERMUTED = Protocol(
 )
 _PERMUTED_HEADS = Protocol(
     "permuted_mnist_heads",
-    "10 permutations of MNIST, a head each, MLP 784-1200, SGD 0.01, batch 64, 5 epochs a task",
+    "10 permutations of MNIST, a head per task, MLP 784-1200, SGD 0.01, batch 64, 5 epochs per task",
     make_tasks=Permuted(standardised),
     network=_with_heads(partial(mlp, [784, 1200]), 1200, 10),
     optimizer=partial(SGD, lr=0.01),
@@ -135,8 +142,8 @@ _PERMUTED_HEADS = Protocol(
 )
 _FIVE_SETS = Protocol(
     "five_sets",
-    "CIFAR-10, notMNIST, MNIST, SVHN and Fashion-MNIST in an order drawn from the seed, a head each, "
-    "AlexNet of width x0.8, SGD 0.05, batch 32, 30 epochs a task",
+    "CIFAR-10, notMNIST, MNIST, SVHN and Fashion-MNIST in an order drawn from the seed, a head per task, "
+    "AlexNet of width x0.8, SGD 0.05, batch 32, 30 epochs per task",
     make_tasks=Chained(("cifar10", "notmnist", "mnist", "svhn", "fashion_mnist"), drawn=True),
     network=_with_heads(partial(alexnet, 0.8), 1638, 10),
     optimizer=partial(SGD, lr=0.05),
@@ -147,8 +154,8 @@ _FIVE_SETS = Protocol(
 )
 _MINI_IMAGENET = Protocol(
     "mini_imagenet_alexnet",
-    "mini-ImageNet in 20 tasks of 5 classes drawn from the seed, a head each, AlexNet for 84x84, SGD 0.01, "
-    "batch 32, 50 epochs a task",
+    "mini-ImageNet in 20 tasks of 5 classes drawn from the seed, a head per task, AlexNet for 84x84, "
+    "SGD 0.01, batch 32, 50 epochs per task",
     make_tasks=Split("mini_imagenet", coloured, classes_per_task=5, drawn=True),
     network=_with_heads(partial(alexnet, size=84, hidden=(2048, 512), dropout=0.5), 512, 5),
     optimizer=partial(SGD, lr=0.01),
@@ -156,7 +163,7 @@ _MINI_IMAGENET = Protocol(
     epochs=50,
     batch_size=32,
     source=_PAPER.format(
-        "tasks drawn from the seed, 500 and 100 images a class, normalised as ImageNet, network, SGD 0.01, "
+        "tasks drawn from the seed, 500 and 100 images per class, normalised as ImageNet, network, SGD 0.01, "
         "batch 32",
         "2 %",
         50,
@@ -177,7 +184,7 @@ PROTOCOLS = {
         replace(
             _PERMUTED_HEADS,
             name="permuted_mnist_heads_adam",
-            description="permuted_mnist_heads with Adam 1e-3 and 20 epochs a task",
+            description="permuted_mnist_heads with Adam 1e-3 and 20 epochs per task",
             optimizer=partial(Adam, lr=1e-3),
             epochs=20,
             source=_OURS,
@@ -185,8 +192,8 @@ PROTOCOLS = {
         replace(
             _PERMUTED,
             name="rotated_mnist",
-            description="MNIST turned by 0, 20, ..., 180 degrees, one shared head, MLP 784-100-100-10, "
-            "SGD 0.01, batch 10, 1 epoch a task",
+            description="MNIST rotated by 0, 20, ..., 180 degrees, one shared head, MLP 784-100-100-10, "
+            "SGD 0.01, batch 10, 1 epoch per task",
             make_tasks=Rotated(step=20.0),
             network=lambda _tasks: (flattening_mlp([784, 100, 100]), nn.Linear(100, 10)),
             epochs=1,
@@ -194,7 +201,8 @@ PROTOCOLS = {
         ),
         Protocol(
             "split_mnist",
-            "MNIST in 5 pairs of classes, a head each, MLP 784-1200, SGD 0.01, batch 64, 3 epochs a task",
+            "MNIST in 5 pairs of classes, a head per task, MLP 784-1200, SGD 0.01, batch 64, "
+            "3 epochs per task",
             make_tasks=Split("mnist", standardised),
             network=_with_heads(partial(mlp, [784, 1200]), 1200, 2),
             optimizer=partial(SGD, lr=0.01),
@@ -206,35 +214,35 @@ PROTOCOLS = {
         Protocol(
             "split_mnist_domain",
             "MNIST in 5 pairs of classes, one shared head of two, MLP 1024-400-400-2, Adam 1e-3, batch 128, "
-            "4 epochs a task",
+            "4 epochs per task",
             make_tasks=Split("mnist", padded),
             network=_shared_head(2, 1024, 400, 400),
             optimizer=partial(Adam, lr=1e-3),
             tasks=5,
             epochs=4,
             batch_size=128,
-            source="Hsu et al., arXiv 1810.12488, incremental domain learning, as their code has it, "
+            source="Hsu et al., arXiv 1810.12488, incremental domain learning, as in their code, "
             "https://github.com/GT-RIPL/Continual-Learning-Benchmark; there Adam keeps its averages from "
             "task to task",
         ),
         Protocol(
             "split_mnist_domain_drawn",
             "MNIST in 5 pairs of classes drawn from the seed, one shared head of two, MLP 784-400-400-2, "
-            "Adam 1e-3, batch 128, 21 epochs a task",
+            "Adam 1e-3, batch 128, 21 epochs per task",
             make_tasks=Split("mnist", flat, drawn=True),
             network=_shared_head(2, 784, 400, 400),
             optimizer=partial(Adam, lr=1e-3),
             tasks=5,
             epochs=21,
             batch_size=128,
-            source="van de Ven and Tolias, arXiv 1904.07734, Domain-IL, as their code has it, "
-            "https://github.com/GMvandeVen/continual-learning; there 2,000 steps a task, 21.3 epochs, and "
+            source="van de Ven and Tolias, arXiv 1904.07734, Domain-IL, as in their code, "
+            "https://github.com/GMvandeVen/continual-learning; there 2,000 steps per task, 21.3 epochs, and "
             "Adam keeps its averages from task to task",
         ),
         Protocol(
             "split_fashion",
             "Fashion-MNIST in 5 pairs of classes, one shared head of two, MLP 784-100-100-2, SGD 0.01, "
-            "batch 10, 5 epochs a task",
+            "batch 10, 5 epochs per task",
             make_tasks=Split("fashion_mnist", flat),
             network=_shared_head(2, 784, 100, 100),
             optimizer=partial(SGD, lr=0.01),
@@ -245,29 +253,30 @@ PROTOCOLS = {
         ),
         Protocol(
             "split_cifar10",
-            "CIFAR-10 in 5 pairs of classes, a head each, AlexNet, SGD 0.05, batch 32, 10 epochs a task",
+            "CIFAR-10 in 5 pairs of classes, a head per task, AlexNet, SGD 0.05, batch 32, "
+            "10 epochs per task",
             make_tasks=Split("cifar10", coloured),
             network=_with_heads(alexnet, 2048, 2),
             optimizer=partial(SGD, lr=0.05),
             tasks=5,
             epochs=10,
             batch_size=32,
-            source="the paper's AlexNet, images, rate and batch; our choice of tasks and epochs",
+            source="the paper's AlexNet, images, learning rate and batch; our choice of tasks and epochs",
         ),
         replace(
             _FIVE_SETS,
             name="three_sets",
-            description="MNIST, Fashion-MNIST and CIFAR-10, a head each, AlexNet of width x0.8, SGD 0.05, "
-            "batch 32, 5 epochs a task",
+            description="MNIST, Fashion-MNIST and CIFAR-10, a head per task, AlexNet of width x0.8, "
+            "SGD 0.05, batch 32, 5 epochs per task",
             make_tasks=Chained(("mnist", "fashion_mnist", "cifar10")),
             tasks=3,
             epochs=5,
-            source="three of the sets of five_sets, learned as there; our choice of order and epochs",
+            source="three of the sets of five_sets, trained likewise; our choice of order and epochs",
         ),
         Protocol(
             "alternating_cifar",
-            "2 classes of CIFAR-10 and 20 of CIFAR-100 by turns, 10 tasks, a head each, AlexNet of width x2, "
-            "SGD 0.05, batch 32, 50 epochs a task",
+            "2 classes of CIFAR-10 and 20 of CIFAR-100 alternating, 10 tasks, a head per task, "
+            "AlexNet of width x2, SGD 0.05, batch 32, 50 epochs per task",
             make_tasks=AlternatingCifar(),
             network=_with_heads(partial(alexnet, 2, hidden=(2048, 2048)), 2048, 2, 20),
             optimizer=partial(SGD, lr=0.05),
@@ -279,8 +288,8 @@ PROTOCOLS = {
                 "a share",
                 50,
             )
-            + ", strictly by turns, where the loader of UCB, which the code builds on, draws the order of "
-            "the ten from the seed",
+            + ", strictly alternating; the loader of UCB, on which the paper's code builds, draws the order "
+            "of the ten tasks from the seed",
         ),
         _FIVE_SETS,
         _MINI_IMAGENET,

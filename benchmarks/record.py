@@ -1,4 +1,4 @@
-"""The result of one run, kept as a JSON file."""
+"""The result of one run, in a JSON file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lightning_blip.results.record import write_json
 
 @dataclass(frozen=True)
 class Record:
-    """What one seed of one method came to.
+    """The result of one seed of one method on one stream.
 
     Attributes:
-        stream: Name of the stream.
-        method: Name of the method.
-        settings: Its arguments that were given.
-        seed: Of network, tasks and order of samples.
-        tasks: How many there were.
-        epochs: How long each was trained.
+        stream: The name of the stream.
+        method: The name of the method.
+        settings: The arguments of the method that were given.
+        seed: The seed of network, tasks and order of samples.
+        tasks: The number of tasks.
+        epochs: The number of epochs per task.
         ACC: The average score after the last task, in %.
-        BWT: The backward transfer over the T − 1 earlier tasks, in %; None of a single task.
-        FWT: The forward transfer, in %; None where a task's head is not there before the task.
-        R: The score on task j after learning task i, in %, None where not measured.
-        used_capacity: Of BLIP, the share of all bits that are frozen, after each task.
-        bytes_per_parameter: What is kept from task to task beside the network.
-        seconds: How long the fit took, its measurements included.
-        machine: Where.
-        torch_version: With which torch.
-        ceilings: Of each task the score that counts as 100 %, where that is not a score of 1.
-        curves: Of each task, where it was scored while the later ones were learned: position in tasks, and %.
+        BWT: The backward transfer over the T − 1 earlier tasks, in %; None for a single task.
+        FWT: The forward transfer, in %; None with a head per task, which is untrained before its task.
+        R: R[i][j] is the score on task j after learning task i, in %; None where it was not measured.
+        used_capacity: The share of all bits that BLIP has frozen, after each task.
+        bytes_per_parameter: The memory that the method keeps from task to task, beside the network.
+        seconds: The duration of the fit, its measurements included.
+        machine: The processor.
+        torch_version: The version of torch.
+        ceilings: The score of each task that counts as 100 %; None where that is 1.
+        curves: By name of a task, each score during training: the position in tasks, and the score in %.
     """
 
     stream: str
@@ -53,11 +53,11 @@ class Record:
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Saves the record, whole or not at all."""
+        """Write the file, completely or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """A record that was saved."""
+        """Return the record in a file."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))

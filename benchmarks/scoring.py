@@ -13,14 +13,14 @@ _BATCH_SIZE = 2_000
 
 
 def accuracy(module: Classifier, task: Task) -> float:
-    """The share of a task's validation samples that a network tells right, with the task's own head.
+    """Return the share of a task's validation samples that a network classifies correctly.
 
     Args:
-        module: The network, which is left as it was.
-        task: With samples that are held in memory.
+        module: The network; with heads per task, that of the task is used. Its state stays as it was.
+        task: The task, its samples held in memory.
 
     Returns:
-        0 to 1.
+        The accuracy, 0 to 1.
     """
     samples, head = task.val, module.head
     assert isinstance(samples, MappedDataset)

@@ -1,4 +1,4 @@
-"""The tasks of the streams, made from data sets that are called by name."""
+"""The tasks of the streams, made from data sets by name."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lightning_blip.tasks.task import MappedDataset
 
 Loader = Callable[[str, Look], tuple[TensorDataset, TensorDataset]]
 
-#: From what loads a data set by name, the number of tasks and a seed to the tasks.
+#: Makes the tasks from a function that loads a data set by name, the number of tasks and a seed.
 MakeTasks = Callable[[Loader, int, int], list[Task]]
 
 
 class Stream(TaskSequenceDataModule):
-    """A sequence of tasks held in memory, which is validated in batches of a size that suits processors.
+    """A sequence of tasks in memory, validated in batches that fit into the caches of a processor.
 
     Args:
-        folder: Where the data lies.
-        make_tasks: One of the classes of this file.
-        tasks: How many there are.
-        epochs_per_task: How long each is trained.
-        batch_size: In training.
-        seed: Of the tasks and of the order of their samples.
+        folder: The folder of the data.
+        make_tasks: An object of one of the classes of this file.
+        tasks: The number of tasks.
+        epochs_per_task: The number of epochs per task.
+        batch_size: The batch size in training.
+        seed: The seed of the tasks and of the order of their samples.
 
     Raises:
         FileNotFoundError: If the data is not there.
-        ValueError: If there are not that many tasks.
+        ValueError: If the stream has fewer tasks.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Stream(TaskSequenceDataModule):
         super().__init__(made[:tasks], epochs_per_task=epochs_per_task, batch_size=batch_size, seed=seed)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each task seen so far."""
+        """Return one loader for each task seen so far."""
         seen = self.tasks[: self.task.index + 1]
         return [_in_batches(cast(MappedDataset, task.val)) for task in seen]
 
 
 def _in_batches(samples: MappedDataset) -> DataLoader[Any]:
-    # 65 of CIFAR's images: a convolution of 2,000 leaves the caches, and takes nearly twice as long for each.
+    # 65 images of CIFAR: a convolution of 2,000 exceeds the caches and takes twice as long per image.
     size = max(32, 200_000 // samples[0][0].numel())
     indices = cast(Any, torch.arange(len(samples)).split(size))
     return DataLoader(indices, batch_size=None, collate_fn=cast(Any, samples.batch))
@@ -70,7 +70,7 @@ def _in_batches(samples: MappedDataset) -> DataLoader[Any]:
 
 @dataclass(frozen=True)
 class Split:
-    """A task for every few classes, in their order or in one drawn from the seed."""
+    """Tasks of a few classes each, in their order or in an order drawn from the seed."""
 
     dataset: str
     look: Look
@@ -78,7 +78,7 @@ class Split:
     drawn: bool = False
 
     def __call__(self, load: Loader, tasks: int, seed: int) -> list[Task]:
-        """The tasks, all that there are."""
+        """Return all tasks."""
         parts = load(self.dataset, self.look)
         if not self.drawn:
             return split_classes(*parts, self.classes_per_task)
@@ -94,7 +94,7 @@ def _named_by_classes(task: Task, order: Tensor) -> Task:
 
 
 def _order(length: int, seed: int) -> Any:
-    # The generator of the paper's code, so that a seed gives the order that it gives there.
+    # The generator of the paper's code, so that a seed gives the same order as there.
     return np.random.RandomState(seed).permutation(length)
 
 
@@ -105,27 +105,27 @@ class Permuted:
     look: Look
 
     def __call__(self, load: Loader, tasks: int, seed: int) -> list[Task]:
-        """So many tasks."""
+        """Return the first tasks."""
         return permute_inputs(*load("mnist", self.look), tasks, seed)
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """MNIST turned by 0 degrees, by ``step``, by twice as much, and so on."""
+    """MNIST rotated by 0 degrees, ``step``, 2 · ``step`` and so on."""
 
     step: float
 
     def __call__(self, load: Loader, tasks: int, seed: int) -> list[Task]:
-        """So many tasks."""
+        """Return the first tasks."""
         return rotate(*load("mnist", upright), degrees=[self.step * i for i in range(tasks)])
 
 
 @dataclass(frozen=True)
 class AlternatingCifar:
-    """Two classes of CIFAR-10 and twenty of CIFAR-100 by turns."""
+    """Two classes of CIFAR-10 and twenty of CIFAR-100, alternating."""
 
     def __call__(self, load: Loader, tasks: int, seed: int) -> list[Task]:
-        """All ten tasks."""
+        """Return all ten tasks."""
         pairs = split_classes(*load("cifar10", coloured), classes_per_task=2)
         twenties = split_classes(*load("cifar100", coloured), classes_per_task=20)
         return [
@@ -137,13 +137,13 @@ class AlternatingCifar:
 
 @dataclass(frozen=True)
 class Chained:
-    """A data set a task, in colour, in the order given or in one drawn from the seed."""
+    """One data set per task, in colour, in the given order or in an order drawn from the seed."""
 
     datasets: Sequence[str]
     drawn: bool = False
 
     def __call__(self, load: Loader, tasks: int, seed: int) -> list[Task]:
-        """As many tasks, of as many data sets, as there are at most."""
+        """Return the first tasks, at most one per data set."""
         order = _order(len(self.datasets), seed) if self.drawn else range(len(self.datasets))
         names = [self.datasets[i] for i in order][:tasks]
         return chain([load(name, coloured) for name in names], names=names)

@@ -1,4 +1,4 @@
-"""Runs all methods on all streams, each with its best setting; goes on where it was broken off."""
+"""Run all methods on all streams, each with its best setting; go on after an interruption."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.learning import STREAMS
 from benchmarks.machine import machine
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Job
 from benchmarks.record import Record
-from benchmarks.run import STREAMS
 
-# Of the C library: workers keep the memory that they free, but for that of whole data sets. To get it anew
-# takes convolutions 7 % of their time.
+# For the C library: workers keep freed memory except that of whole data sets. Allocating it again takes 7 %
+# of the time of convolutions.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 class Suite:
-    """The runs that are under way and those to come.
+    """All runs of a plan, several at a time.
 
     Args:
-        planned: Methods on streams.
-        data: Folder of the data.
-        out: Folder of the records.
+        planned: The methods on streams.
+        data: The folder of the data.
+        out: The folder of the records.
         device: ``"cpu"`` or ``"cuda"``.
-        processes: How many runs at a time.
+        processes: The number of runs at a time.
     """
 
     def __init__(self, planned: Sequence[Entry], data: Path, out: Path, device: str, processes: int) -> None:
@@ -53,14 +53,14 @@ class Suite:
         self._look()
 
     def run(self) -> None:
-        """Runs everything that has no record yet."""
+        """Run everything that has no record yet."""
         os.environ.update(_KEEP_MEMORY)
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         console = Console()
         print(
             f"Runs to come: {len(self._to_come())}. "
-            f"Those with a record in {self.out} are done; another --out makes all anew.",
+            f"Runs with a record in {self.out} are done; another --out repeats all.",
             flush=True,
         )
         with (
@@ -70,10 +70,10 @@ class Suite:
             ) as pool,
             Live(console=console, auto_refresh=False, transient=True) as live,
         ):
-            told: Queue[tuple[Path, str, float]] = manager.Queue()
-            while self._start(pool, told):
+            reports: Queue[tuple[Path, str, float]] = manager.Queue()
+            while self._start(pool, reports):
                 done, _ = wait(self._running, timeout=1.0, return_when=FIRST_COMPLETED)
-                for path, where, share in _drained(told):
+                for path, where, share in _drained(reports):
                     self._where[path] = (where, share)
                     if not console.is_terminal:
                         console.print(f"[{self.time_left()} left] {where}", soft_wrap=True, markup=False)
@@ -82,38 +82,38 @@ class Suite:
                 live.update(self._table(), refresh=True)
 
     def time_left(self) -> str:
-        """How long the rest will take, by what such epochs took so far; "over" if none was."""
+        """Return how long the rest takes, from the epochs so far; "over" if a stream has had none yet."""
         epochs: dict[str, float] = {**self._epochs_left}
         for job in self._running.values():
             _, share = self._where.get(job.path(self.out), ("", 0.0))
             epochs[job.run.protocol.name] -= share * job.epochs
-        unknown = any(count and stream not in self._seconds_an_epoch for stream, count in epochs.items())
-        seconds = sum(count * self._seconds_an_epoch.get(stream, 0.0) for stream, count in epochs.items())
+        unknown = any(count and stream not in self._seconds_per_epoch for stream, count in epochs.items())
+        seconds = sum(count * self._seconds_per_epoch.get(stream, 0.0) for stream, count in epochs.items())
         minutes = round(seconds / self.processes / 60)
         return f"{'over ' if unknown else ''}{minutes // 60} h {minutes % 60:02} min"
 
     def _to_come(self) -> list[Job]:
-        """All runs that have not ended."""
+        """Return all runs that have not ended."""
         return self._unique(job for entry in self.planned for job in entry.to_come(self.out))
 
     def _unique(self, jobs: Iterable[Job]) -> list[Job]:
-        """Each once: streams may share a search."""
+        """Return each run once: streams may share a search."""
         return list({job.path(self.out): job for job in jobs}.values())
 
     def _look(self) -> None:
-        """Takes in the records, which change only when a run ends."""
+        """Read the records, which change only when a run ends."""
         self._ready = self._unique(job for entry in self.planned for job in entry.left(self.out))
         self._epochs_left: Counter[str] = Counter()
         for job in self._to_come():
             self._epochs_left[job.run.protocol.name] += job.epochs
-        self._seconds_an_epoch = _seconds_an_epoch(self.out, self._epochs_left, machine(self.device))
+        self._seconds_per_epoch = _seconds_per_epoch(self.out, self._epochs_left, machine(self.device))
 
-    def _start(self, pool: ProcessPoolExecutor, told: Queue[tuple[Path, str, float]]) -> bool:
-        """Starts as many runs as there is room for; says whether any is under way."""
+    def _start(self, pool: ProcessPoolExecutor, reports: Queue[tuple[Path, str, float]]) -> bool:
+        """Start as many runs as there are free processes; return whether any is running."""
         busy = {*(job.path(self.out) for job in self._running.values()), *self.failed}
         free = [job for job in self._ready if job.path(self.out) not in busy]
         for job in free[: self.processes - len(self._running)]:
-            arguments = (job, self.data, self.out, self.device, told)
+            arguments = (job, self.data, self.out, self.device, reports)
             self._running[pool.submit(_work, *arguments)] = job
         return bool(self._running)
 
@@ -121,33 +121,36 @@ class Suite:
         job = self._running.pop(future)
         self._where.pop(job.path(self.out), None)
         error = future.exception()
-        # One that diverged has left word of it.
+        # A run that diverged has left a file.
         if error is not None and not job.diverged(self.out).exists():
             self.failed[job.path(self.out)] = error
         self._look()
 
     def _table(self) -> Table:
-        """What is under way."""
+        """Return a table of the running runs."""
         table = Table(title=f"{self.time_left()} left", title_justify="left", box=None, show_header=False)
         for where, share in self._where.values():
             table.add_row(f"{share:.0%}", where)
         return table
 
 
-def _work(job: Job, data: Path, out: Path, device: str, told: Queue[tuple[Path, str, float]]) -> None:
+def _work(job: Job, data: Path, out: Path, device: str, reports: Queue[tuple[Path, str, float]]) -> None:
     path = job.path(out)
-    job.run.record(data, out, job.seed, device, lambda where, share: told.put((path, where, share)))
-    # The data of a run is held in circles of references.
+    job.run.record(data, out, job.seed, device, lambda where, share: reports.put((path, where, share)))
+    # The data of a run is part of reference cycles.
     gc.collect()
 
 
-def _drained(told: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
-    while not told.empty():
-        yield told.get()
+def _drained(reports: Queue[tuple[Path, str, float]]) -> Iterator[tuple[Path, str, float]]:
+    while not reports.empty():
+        yield reports.get()
 
 
-def _seconds_an_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
-    """Of each stream, by its records from such a machine, whatever its threads, or else the repository's."""
+def _seconds_per_epoch(out: Path, streams: Iterable[str], processor: str) -> dict[str, float]:
+    """Return the seconds per epoch of each stream, from its records in ``out`` or in the repository.
+
+    It takes only records from the same model of processor, with any number of threads.
+    """
     rates = {}
     model, _, _ = processor.partition(",")
     for stream in streams:
@@ -169,34 +172,34 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=results.RECORDS,
-        help="folder of the records, and of the table and the pictures too if it is another one",
+        help="folder of the records; the table and the pictures go there too if it is not the default",
     )
     parser.add_argument(
         "--table",
         choices=PARTS,
         default="cpu",
-        help="what two cores learn in three hours (cpu), what takes them longer (long), what takes a GPU "
-        "(cuda), and what two cores learn to play (games)",
+        help="streams for two cores in three hours (cpu), longer ones (long), streams for a GPU (cuda), and "
+        "games for two cores (games)",
     )
-    parser.add_argument("--processes", type=int, default=2, help="how many runs at a time")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time")
     parser.add_argument(
         "--streams",
         nargs="+",
         choices=STREAMS,
         default=list(STREAMS),
         metavar="STREAM",
-        help="some of those of the tables",
+        help="only these streams of the table",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what has no record yet, and writes the table and the pictures."""
+    """Run what has no record yet, and write the table and the pictures."""
     options = _parser().parse_args(arguments)
     planned = [
         entry
-        # The long runs come last in a table; begun first, they leave no core waiting in the end.
+        # The long runs come last in a table; started first, they leave no core idle at the end.
         for part in reversed(PARTS[options.table])
         for entry in part.entries
         if part.stream in options.streams and entry.method in options.methods

@@ -1,4 +1,4 @@
-"""A Trainer that says nothing and leaves nothing behind."""
+"""A Trainer without output."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _NOTHING = nullcontext()
 
 
 class _NoProfiler(PassThroughProfiler):
-    """Measures nothing, as Lightning's own, which makes a generator for it 80 times a step."""
+    """A profiler that measures nothing; Lightning's own creates a generator 80 times per step."""
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        """A context that does nothing."""
+        """Return a context that does nothing."""
         return _NOTHING
 
 
 def quiet_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    """A Trainer without logs, checkpoints, progress bar and advice.
+    """Return a Trainer without logs, checkpoints, progress bar and advice.
 
     Args:
-        callbacks: Its callbacks.
-        options: Of ``pl.Trainer``, before these; on the CPU by default.
+        callbacks: The callbacks of the Trainer.
+        options: Arguments of ``pl.Trainer``, which override these defaults; the default accelerator is the
+            CPU.
 
     Returns:
         The Trainer.

@@ -1,4 +1,4 @@
-"""Image data sets, from a folder in the forms that people have them in, or from the hub."""
+"""Image data sets, from a folder in any of their common formats, or from the Hugging Face hub."""
 
 from benchmarks.data.loader import load
 

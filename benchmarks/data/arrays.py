@@ -1,4 +1,4 @@
-"""Reads .npz files: of plain arrays, or of CIFAR-10's images as JPEG."""
+"""Read .npz files of arrays, or of images as JPEG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.data.images import Images
 
 
 def read_npz(folder: Path, name: str) -> Images | None:
-    """``<name>.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``; None if it is not there."""
+    """Read ``<name>.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``; None if there is none."""
     path = folder / f"{name}.npz"
     if not path.exists():
         return None
@@ -24,10 +24,10 @@ def read_npz(folder: Path, name: str) -> Images | None:
 
 
 def read_jpeg_npz(folder: Path, name: str) -> Images | None:
-    """``<name>_jpeg.npz``, decoded once into the user's cache; None if it is not there.
+    """Read ``<name>_jpeg.npz``, decoded once into the user's cache; None if there is none.
 
-    For ``train`` and ``test`` each, it has ``jpeg_…``, the files one after another as bytes, ``size_…``, how
-    long each is, and the labels ``y_…``.
+    For ``train`` and for ``test`` it holds ``jpeg_…``, the bytes of all files in a row, ``size_…``, the
+    number of bytes of each, and the labels ``y_…``.
     """
     path = folder / f"{name}_jpeg.npz"
     if not path.exists():
@@ -48,7 +48,7 @@ def read_jpeg_npz(folder: Path, name: str) -> Images | None:
                 )
             )
         cache.mkdir(parents=True, exist_ok=True)
-        # Runs side by side may decode at the same time: none must read what another has half written.
+        # Parallel runs may decode at the same time, and must not read a file that is being written.
         unfinished = cache / f"{key}-{np.random.default_rng().integers(2**62)}.part.npz"
         np.savez(unfinished, **decoded._asdict())
         unfinished.replace(cache / f"{key}.npz")

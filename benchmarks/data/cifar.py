@@ -1,4 +1,4 @@
-"""Reads the Python batches that CIFAR-10 and CIFAR-100 are published as."""
+"""Read the Python batches in which CIFAR-10 and CIFAR-100 are published."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.data.images import Images
 
 
 def read_cifar10(folder: Path) -> Images | None:
-    """``cifar-10-batches-py``, or ``cifar-10-python.tar.gz``; None if neither is there."""
+    """Read ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz``; None if there is neither."""
     batches = [f"data_batch_{i}" for i in range(1, 6)]
     return _read(folder, "cifar-10-batches-py", "cifar-10-python.tar.gz", batches, "test_batch", b"labels")
 
 
 def read_cifar100(folder: Path) -> Images | None:
-    """``cifar-100-python``, or the same as ``.tar.gz``, with the fine labels; None if neither is there."""
+    """Read ``cifar-100-python`` or its ``.tar.gz``, with the fine labels; None if there is neither."""
     return _read(folder, "cifar-100-python", "cifar-100-python.tar.gz", ["train"], "test", b"fine_labels")
 
 

@@ -1,4 +1,4 @@
-"""Reads data sets from the Hugging Face hub, through the ``datasets`` library."""
+"""Read data sets from the Hugging Face hub, through the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data.images import Images
 
-# Repository, its configuration if it has several, and the columns of images and labels.
+# The repository, its configuration if it has several, and the columns of images and labels.
 _SETS = {
     "mnist": (("ylecun/mnist",), "image", "label"),
     "fashion_mnist": (("zalando-datasets/fashion_mnist",), "image", "label"),
@@ -20,16 +20,16 @@ _SETS = {
 
 
 def read_hub(name: str) -> Images:
-    """A data set, downloaded unless it is in the library's cache.
+    """Return a data set, downloaded unless it is in the library's cache.
 
     Args:
-        name: Of the data set.
+        name: The name of the data set.
 
     Returns:
         The data set.
 
     Raises:
-        ValueError: If it is not known where on the hub it is.
+        ValueError: If its place on the hub is unknown.
         ImportError: If ``datasets`` is not installed.
     """
     if name not in _SETS:

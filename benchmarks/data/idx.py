@@ -1,4 +1,4 @@
-"""Reads the ubyte files that MNIST and its likes are published as."""
+"""Read the ubyte files in which MNIST and similar data sets are published."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-la
 
 
 def read_idx(folder: Path, name: str) -> Images | None:
-    """``train-images-idx3-ubyte`` and its three companions, gzipped or not; None if they are not there.
+    """Read ``train-images-idx3-ubyte`` and the three other files, gzipped or not; None if one is missing.
 
-    They bear the same names in every such data set, so the folder that they lie in has to bear the set's.
+    These file names are the same for every such data set, so that the folder must have the name of the set.
     """
     places = [folder / inside for inside in FOLDERS[name]]
     if folder.name in FOLDERS[name]:

@@ -1,4 +1,4 @@
-"""What every reader gives: the images and labels of a data set, as the files hold them."""
+"""The result of every reader: the images and labels of a data set, as stored in its files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Images(NamedTuple):
     """A data set.
 
     Attributes:
-        x_train: Images (N, H, W) or (N, H, W, 3), uint8.
+        x_train: Training images (N, H, W) or (N, H, W, 3), uint8.
         y_train: Their labels (N,), from 0.
-        x_test: Those to test on.
+        x_test: Test images, likewise.
         y_test: Their labels.
     """
 
@@ -26,7 +26,7 @@ class Images(NamedTuple):
 
 
 def by_class(train: Sequence[NDArray[Any]], test: Sequence[NDArray[Any]]) -> Images:
-    """The data set of classes that are given one by one, in the order of their labels.
+    """Return the data set of these classes, whose labels count up in order.
 
     Args:
         train: The training images of each class.

@@ -1,4 +1,4 @@
-"""Finds a data set in whichever form it is there, and makes tensors of it."""
+"""Load a data set in whichever format a folder holds it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def _npz(name: str) -> Form:
 
 
 def _idx(name: str) -> Form:
-    form = f"train-images-idx3-ubyte.gz and its three companions in a folder {' or '.join(FOLDERS[name])}"
+    form = f"train-images-idx3-ubyte.gz and the three other files in a folder {' or '.join(FOLDERS[name])}"
     return form, partial(read_idx, name=name)
 
 
-# Each set's forms, in the order in which they are tried: what an error calls them, and what reads them.
+# The formats of each data set in the order in which they are tried: a description, and a reader.
 READERS: dict[str, tuple[Form, ...]] = {
     "mnist": (_npz("mnist"), _idx("mnist")),
     "fashion_mnist": (_npz("fashion_mnist"), _idx("fashion_mnist")),
@@ -50,26 +50,26 @@ READERS: dict[str, tuple[Form, ...]] = {
     "mini_imagenet": (
         _npz("mini_imagenet"),
         ("mini-imagenet-cache-train.pkl, -val.pkl and -test.pkl", mini_imagenet.read_pickles),
-        ("a folder mini_imagenet with folders of pictures, one a class", mini_imagenet.read_folders),
+        ("a folder mini_imagenet with one folder of pictures per class", mini_imagenet.read_folders),
     ),
 }
 
 
 def load(folder: Path, name: str, look: Look = flat) -> tuple[TensorDataset, TensorDataset]:
-    """A data set, in the first of its forms that is there.
+    """Return a data set, read from the first of its formats that exists.
 
     Args:
-        folder: Where it lies; ``Path("hub")``, where there is no such folder, is the Hugging Face hub.
-        name: Of the data set, one of :data:`READERS`.
-        look: How a network is to see the images, in :mod:`benchmarks.data.looks`.
+        folder: The folder of the data; ``Path("hub")``, if there is no such folder, is the Hugging Face hub.
+        name: The name of the data set, one of :data:`READERS`.
+        look: Prepares the images for a network; see :mod:`benchmarks.data.looks`.
 
     Returns:
-        Training and test set, of float32 images and int64 labels.
+        Training and test set of float32 images and int64 labels.
 
     Raises:
-        FileNotFoundError: If it is not there in any form.
-        ValueError: If it is asked of the hub, and is not there.
-        ImportError: If it is asked of the hub, and the ``datasets`` library is not installed.
+        FileNotFoundError: If the folder has none of the formats.
+        ValueError: If the hub does not have the data set.
+        ImportError: If the hub is asked for, and the ``datasets`` library is not installed.
     """
     images = next((found for _, read in READERS[name] if (found := read(folder)) is not None), None)
     if images is None and folder == Path("hub"):
@@ -77,7 +77,7 @@ def load(folder: Path, name: str, look: Look = flat) -> tuple[TensorDataset, Ten
     if images is None:
         forms = "".join(f"\n  {form}" for form, _ in READERS[name])
         raise FileNotFoundError(
-            f"--data {folder} does not hold the data set {name}, which could be any of:{forms}"
+            f"--data {folder} does not hold the data set {name}: give a folder with one of:{forms}"
         )
     train, test = look(name, torch.from_numpy(images.x_train), torch.from_numpy(images.x_test))
     return (

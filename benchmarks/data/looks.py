@@ -1,4 +1,4 @@
-"""How networks see images: in a row or upright, in [0, 1] or standardised, with a margin and in colour."""
+"""How images are prepared for a network: flattened, standardised, padded, in three channels."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: From the name of the data set, its training and its test images, uint8 (N, H, W) or (N, H, W, 3), to what
-#: a network sees of both, float32.
+#: Maps the name of a data set, its training and its test images, uint8 (N, H, W) or (N, H, W, 3), to the
+#: inputs of a network, float32, for both.
 Look = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Values = tuple[float, ...]
 
 _CIFAR = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
-# Mean and deviation of each channel, of grey images with their margin, as the paper's code has them: there
+# Mean and standard deviation of each channel in the paper's code, for grey images with their margin. There
 # CIFAR-100 has those of CIFAR-10, and mini-ImageNet those of ImageNet.
 STATISTICS: dict[str, tuple[Values, Values]] = {
     "mnist": ((0.1,), (0.2752,)),
@@ -30,30 +30,30 @@ STATISTICS: dict[str, tuple[Values, Values]] = {
 
 
 def upright(_name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """As they are, (N, H, W) or (N, H, W, 3), in [0, 1]."""
+    """Scale images (N, H, W) or (N, H, W, 3) to [0, 1]."""
     return train / 255.0, test / 255.0
 
 
 def flat(name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """In a row (N, pixels), in [0, 1]."""
+    """Flatten images to (N, pixels), in [0, 1]."""
     return upright(name, train.flatten(1), test.flatten(1))
 
 
 def standardised(name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """In a row, with mean 0 and deviation 1 over all pixels of the training set."""
+    """Flatten images, with mean 0 and deviation 1 over all pixels of the training set."""
     train, test = flat(name, train, test)
     deviation, mean = torch.std_mean(train)
     return (train - mean) / deviation, (test - mean) / deviation
 
 
 def padded(name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """With a black margin up to 32x32 and normalised by :data:`STATISTICS`, in a row."""
+    """Pad images to 32x32 in black, normalise them by :data:`STATISTICS` and flatten them."""
     return _padded(name, train).flatten(1), _padded(name, test).flatten(1)
 
 
 def coloured(name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """With that margin and normalised so, in three channels, alike where the image is grey: (N, 3, H, W)."""
-    # Grey images are stored once: a batch is spread over its channels when it is read.
+    """Pad and normalise images likewise, to (N, 3, H, W); grey images have three equal channels."""
+    # Grey images are stored once: the channels are a view, copied when a batch is read.
     return _padded(name, train).expand(-1, 3, -1, -1), _padded(name, test).expand(-1, 3, -1, -1)
 
 

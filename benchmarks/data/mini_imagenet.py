@@ -1,7 +1,7 @@
-"""Reads mini-ImageNet, which goes round as pickles and as folders of pictures, in colour of 84x84.
+"""Read mini-ImageNet, 84x84 in colour, which is distributed as pickles and as folders of pictures.
 
-Whatever the form, its classes are those of training, validation and test of few-shot learning together, and
-of each class the first 500 pictures are trained on, the other 100 tested on.
+In both formats the classes are those of training, validation and test of few-shot learning together. The
+first 500 pictures of each class are for training, the other 100 for testing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _FOLDERS = ("mini_imagenet", "mini-imagenet")
 
 
 def read_pickles(folder: Path) -> Images | None:
-    """``mini-imagenet-cache-train.pkl``, ``-val`` and ``-test``, here or in a folder of the set's name.
+    """Read ``mini-imagenet-cache-train.pkl``, ``-val`` and ``-test``, here or in a folder of the set's name.
 
     Each has ``image_data`` (N, 84, 84, 3), and in ``class_dict`` the indices of each class.
 
     Args:
-        folder: Of the data.
+        folder: The folder of the data.
 
     Returns:
-        The data set; None if one of the three is not there.
+        The data set; None if one of the three is missing.
     """
     for place in (folder, *(folder / inside for inside in _FOLDERS)):
         paths = [place / f"mini-imagenet-cache-{part}.pkl" for part in ("train", "val", "test")]
@@ -38,13 +38,13 @@ def read_pickles(folder: Path) -> Images | None:
 
 
 def read_folders(folder: Path) -> Images | None:
-    """A folder of the set's name, and in it, at any depth, one of pictures for each class.
+    """Read a folder of the set's name that contains, at any depth, one folder of pictures per class.
 
     Args:
-        folder: Of the data.
+        folder: The folder of the data.
 
     Returns:
-        The data set, its classes in the order of their folders' names; None if there are none.
+        The data set, its classes in the order of the folders' names; None if there are none.
     """
     pictures = (path for inside in _FOLDERS for path in (folder / inside).rglob("*"))
     classes = {path.parent for path in pictures if path.suffix in SUFFIXES}

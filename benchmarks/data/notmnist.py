@@ -1,4 +1,4 @@
-"""Reads the folders of pictures that notMNIST is published as."""
+"""Read the folders of pictures in which notMNIST is published."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from benchmarks.data.pictures import read_pictures
 
 
 def read_notmnist(folder: Path) -> Images | None:
-    """``notMNIST_large`` to train on and ``notMNIST_small`` to test on, with a folder for each letter A to J.
+    """Read ``notMNIST_large`` for training and ``notMNIST_small`` for testing, with folders A to J.
 
-    Where only the small one is there, every tenth picture of each letter is tested on.
+    If there is only the small one, every tenth picture of each letter is for testing.
 
     Args:
-        folder: Of the data.
+        folder: The folder of the data.
 
     Returns:
-        The data set; None if ``notMNIST_small`` is not there.
+        The data set; None if there is no ``notMNIST_small``.
     """
     if not (folder / "notMNIST_small").is_dir():
         return None

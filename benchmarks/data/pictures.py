@@ -1,4 +1,4 @@
-"""Reads a folder of pictures."""
+"""Read a folder of pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".JPEG")
 
 
 def read_pictures(folder: Path, mode: str, size: tuple[int, int]) -> NDArray[Any]:
-    """All pictures that lie in a folder, in the order of their names.
+    """Return all pictures in a folder, in the order of their names.
 
-    Files that cannot be read as pictures are passed over, and their number is printed: notMNIST has some.
+    Files that cannot be read are skipped, and their number is printed: notMNIST has some.
 
     Args:
-        folder: Where they lie.
+        folder: The folder.
         mode: ``"L"`` for grey, ``"RGB"`` for colour.
-        size: Width and height that each is brought to.
+        size: Width and height to which the pictures are scaled.
 
     Returns:
         Images (N, H, W) or (N, H, W, 3).
@@ -34,5 +34,5 @@ def read_pictures(folder: Path, mode: str, size: tuple[int, int]) -> NDArray[Any
         except OSError:
             continue
     if len(pictures) < len(paths):
-        print(f"{folder}: {len(paths) - len(pictures)} of {len(paths)} pictures are broken and passed over")
+        print(f"{folder}: {len(paths) - len(pictures)} of {len(paths)} pictures are broken and skipped")
     return np.stack(pictures)

@@ -1,4 +1,4 @@
-"""Reads the .mat files that SVHN's cropped digits are published as."""
+"""Read the .mat files in which the cropped digits of SVHN are published."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.data.images import Images
 
 
 def read_svhn(folder: Path) -> Images | None:
-    """``train_32x32.mat`` and ``test_32x32.mat``, here or in ``svhn``; None if they are not there."""
+    """Read ``train_32x32.mat`` and ``test_32x32.mat``, here or in ``svhn``; None if one is missing."""
     for place in (folder, folder / "svhn", folder / "SVHN"):
         paths = [place / f"{part}_32x32.mat" for part in ("train", "test")]
         if all(path.exists() for path in paths):

@@ -1,4 +1,4 @@
-"""Atari's games are learned and timed; what agents were after each task is kept and filmed."""
+"""Atari's games are learned and timed; agents are saved after each task and filmed."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from benchmarks import atari, run
+from benchmarks import atari, learning, run
 from benchmarks.agents import read_agents
 from benchmarks.film import play
 from benchmarks.games import GAMES
@@ -26,15 +26,17 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """The folder of a run on the first two of cartpole's three tasks."""
+    """Return the folder of a run on the first two tasks of cartpole."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run.STREAMS, "cartpole", replace(GAMES["cartpole"], tasks=2, epochs=1, options=SIZES))
+        patch.setitem(
+            learning.STREAMS, "cartpole", replace(GAMES["cartpole"], tasks=2, epochs=1, options=SIZES)
+        )
         run.main(["cartpole", "--method", "blip", "--seeds", "1", "--out", str(folder)])
     return folder
 
 
-def test_agents_are_kept_as_they_were_scored_after_each_task(kept):
+def test_saved_agents_have_the_scores_of_the_record(kept):
     stream, agents = read_agents(kept)
     assert [task.name for task in stream] == ["heavy", "reversed"]
     R = Record.read(kept / "cartpole-blip-seed0.json").R
@@ -48,7 +50,7 @@ def test_agents_are_kept_as_they_were_scored_after_each_task(kept):
     assert not same(agents[0].body.state_dict(), agents[1].body.state_dict())
 
 
-def test_only_streams_of_games_keep_agents_and_the_run_is_named_where_there_are_several(kept, tmp_path):
+def test_a_folder_with_agents_of_several_runs_needs_the_name_of_one(kept, tmp_path):
     for name in ("a=0.5-seed0-after0.pt", "a=0.5-seed1-after0.pt"):
         (tmp_path / name).write_bytes((kept / "cartpole-blip-seed0-after0.pt").read_bytes())
     with pytest.raises(ValueError, match=r"run=None must be one of \['a=0.5-seed0', 'a=0.5-seed1'\]"):
@@ -56,7 +58,7 @@ def test_only_streams_of_games_keep_agents_and_the_run_is_named_where_there_are_
     assert len(read_agents(tmp_path, "a=0.5-seed1")[1]) == 1
 
 
-def test_a_scene_shows_the_episode_that_is_scored(kept):
+def test_a_scene_is_the_start_of_the_scored_episode(kept):
     stream, agents = read_agents(kept)
     whole, begun = play(agents[0], stream, 0, 500), play(agents[0], stream, 0, 3)
     assert whole.paid == begun.paid == len(whole.screens)
@@ -65,13 +67,13 @@ def test_a_scene_shows_the_episode_that_is_scored(kept):
     assert not (whole.screens[0] == whole.screens[-1]).all()
 
 
-def test_scenes_of_minatar_are_coloured_cells():
+def test_a_scene_of_minatar_has_coloured_cells():
     games = replace(GAMES["minatar"], tasks=1)
     scene = play(games.module(), games.stream(None, seed=0), 0, 4)
     assert [screen.shape for screen in scene.screens] == [(10, 10, 3)] * 4
 
 
-def test_scenes_of_atari_are_what_the_agent_saw_in_colours():
+def test_a_scene_of_atari_is_what_the_agent_saw_in_colour():
     class Seeing:
         device = torch.device("cpu")
         seen = []
@@ -89,12 +91,12 @@ def test_scenes_of_atari_are_what_the_agent_saw_in_colours():
     for screen, seen in zip(scene.screens, Seeing.seen, strict=False):
         assert screen.shape == (210, 160, 3)
         grey = Image.fromarray(screen).convert("L").resize((84, 84), Image.Resampling.HAMMING)
-        # One step off, what moves is off by 75.
+        # Screens of the next step would differ by 75.
         assert np.abs(np.asarray(grey, dtype=int) - seen).max() < 40
 
 
 def cell(frame, row, column):
-    """The middle of one of 2x2 cells, without the titles."""
+    """Return the middle of one of 2x2 cells, without the titles."""
     height, width = frame.shape[0] // 2, frame.shape[1] // 2
     return frame[
         row * height + height // 6 : (row + 1) * height,
@@ -102,7 +104,7 @@ def cell(frame, row, column):
     ]
 
 
-def test_a_film_shows_each_game_after_each_task_from_when_it_was_learned(kept, tmp_path):
+def test_a_film_has_each_game_after_each_task_from_its_own_on(kept, tmp_path):
     out = tmp_path / "grid.gif"
     atari.main(["render", str(kept), "--out", str(out), "--seconds", "0.8", "--fps", "10"])
     with Image.open(out) as film:
@@ -116,7 +118,7 @@ def test_a_film_shows_each_game_after_each_task_from_when_it_was_learned(kept, t
         assert (cell(frames[0], *place) != cell(frames[-1], *place)).any()
 
 
-def test_what_cannot_be_filmed_is_told(kept, tmp_path, capsys, monkeypatch):
+def test_a_film_that_cannot_be_made_is_refused(kept, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(atari.FFMpegWriter, "isAvailable", lambda: False)
     for folder, out, said in (
         (tmp_path, "a.gif", "run=None must be one of []"),
@@ -128,11 +130,13 @@ def test_what_cannot_be_filmed_is_told(kept, tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err
 
 
-def test_speeds_are_told_one_a_line(capsys):
+def test_each_speed_is_printed_in_a_line(capsys):
     atari.main(["speed", "--games", "Boxing", "--steps", "40"])
     lines = capsys.readouterr().out.splitlines()
     number = "[0-9,]+"
-    end = rf": {number} environment steps a second \(Boxing {number}\); .+ threads of torch, {number} of the"
+    end = (
+        rf": {number} environment steps per second \(Boxing {number}\); .+ threads of torch, {number} of the"
+    )
     for line, begin in zip(lines, ("emulators alone, random", "rollouts", "whole training"), strict=True):
         assert re.match(f"{begin}.*{end}", line)
     with pytest.raises(SystemExit):
@@ -140,7 +144,7 @@ def test_speeds_are_told_one_a_line(capsys):
     assert "--steps 15 must be at least 16" in capsys.readouterr().err
 
 
-def test_two_games_of_atari_are_learned_and_what_the_first_froze_stays_in_the_second():
+def test_bits_frozen_by_one_game_of_atari_stay_frozen_in_the_next():
     torch.manual_seed(0)
     games = atari.short(["Riverraid", "SpaceInvaders"], 512)
     games = replace(games, options={**games.options, "episodes": 2})

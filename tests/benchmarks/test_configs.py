@@ -1,4 +1,4 @@
-"""The YAML files of the streams: each learns what ``python -m benchmarks.run`` learns."""
+"""The YAML files of the streams learn the same as ``python -m benchmarks.run``."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 class MadeError(Exception):
-    """The CLI has made everything, and goes no further."""
+    """Raised when the command line has made everything, instead of a fit."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def fit(name, data, *options):
 
 
 def made(name, data, monkeypatch, *options):
-    """What the command would fit: its Trainer, module and data module."""
+    """Return the Trainer, module and data module that a command would fit."""
 
     def note(command, model, datamodule, **rest):
         raise MadeError(command.trainer, model, datamodule)
@@ -49,12 +49,12 @@ def made(name, data, monkeypatch, *options):
     return end.value.args
 
 
-def test_every_stream_has_its_file():
+def test_every_stream_has_a_file():
     assert sorted(path.stem for path in CONFIGS.iterdir()) == STREAMS
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_network_optimizer_and_tasks_are_those_of_the_protocol(name, data, monkeypatch):
+def test_network_optimizer_and_tasks_equal_those_of_the_protocol(name, data, monkeypatch):
     trainer, module, stream = made(name, data, monkeypatch, "--seed_everything=1", "--data.seed=1")
     protocol = PROTOCOLS[name]
     pl.seed_everything(1, verbose=False)
@@ -82,7 +82,7 @@ def test_network_optimizer_and_tasks_are_those_of_the_protocol(name, data, monke
 @pytest.mark.parametrize(
     ("name", "method"), [("split_fashion", "blip-kronecker"), ("permuted_mnist", "finetune")]
 )
-def test_a_fit_gives_what_the_benchmark_gives(name, method, data, tmp_path):
+def test_a_fit_has_the_scores_of_the_benchmark(name, method, data, tmp_path):
     short = ["--tasks", "2", "--epochs", "2"]
     run.main([name, "--method", method, "--seeds", "1", "--data", str(data), *short])
     (record,) = (tmp_path / "runs").rglob("*.json")

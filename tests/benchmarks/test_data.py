@@ -1,4 +1,4 @@
-"""The data sets: read back from tiny made-up files in every form that people have them in."""
+"""The data sets: small made-up ones are read back from files in every format."""
 
 import gzip
 import io
@@ -18,17 +18,17 @@ from scipy.io import savemat
 from benchmarks.data import load
 from benchmarks.data.loader import READERS
 from benchmarks.data.looks import STATISTICS, coloured, flat, padded, standardised, upright
-from tests.benchmarks.conftest import SETS, made_up
+from tests.helpers.data import SETS, made_up
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Nothing is left in the user's cache."""
+    """Keep the user's cache clean."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 def assert_read(folder, name, arrays):
-    """The set is read as the arrays say, in [0, 1], training and test."""
+    """Assert that the loaded training and test sets are these arrays, scaled to [0, 1]."""
     for part, samples in zip(("train", "test"), load(folder, name, upright), strict=True):
         x, y = samples.tensors
         assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
@@ -37,7 +37,7 @@ def assert_read(folder, name, arrays):
 
 
 def by_class(arrays):
-    """The same, in the order of the labels."""
+    """Return the arrays in the order of the labels."""
     ordered = {}
     for part in ("train", "test"):
         order = np.argsort(arrays[f"y_{part}"], kind="stable")
@@ -51,18 +51,18 @@ def write_picture(path, image):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_npz(name, data):
+def test_arrays_are_read(name, data):
     assert_read(data, name, made_up(*SETS[name]))
 
 
 def encoded(image):
-    # PNG, which Pillow tells from JPEG by itself and which loses nothing.
+    # PNG loses nothing, and Pillow recognises the format by itself.
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
-def test_cifar10_as_jpeg_is_decoded_once(tmp_path, monkeypatch):
+def test_jpeg_images_are_decoded_once(tmp_path, monkeypatch):
     arrays = made_up(*SETS["cifar10"])
     held = {}
     for part in ("train", "test"):
@@ -90,7 +90,7 @@ def test_cifar10_as_jpeg_is_decoded_once(tmp_path, monkeypatch):
         ("fashion_mnist", "fashion-mnist", "fashion-mnist"),
     ],
 )
-def test_idx(name, folder, given, zipped, tmp_path):
+def test_idx_files_are_read_from_a_folder_of_the_name_of_the_set(name, folder, given, zipped, tmp_path):
     arrays = made_up(*SETS[name])
     (tmp_path / folder).mkdir(parents=True)
     for part, stem in (("train", "train"), ("test", "t10k")):
@@ -134,7 +134,9 @@ def cifar100_batches(arrays):
         ("cifar100", cifar100_batches, "cifar-100-python", "cifar-100-python.tar.gz"),
     ],
 )
-def test_cifar_batches(name, batches, directory, archive, packed, tmp_path):
+def test_cifar_batches_are_read_from_folders_and_archives(
+    name, batches, directory, archive, packed, tmp_path
+):
     arrays = made_up(*SETS[name])
     source = tmp_path / ("elsewhere" if packed else "") / directory
     source.mkdir(parents=True)
@@ -147,7 +149,7 @@ def test_cifar_batches(name, batches, directory, archive, packed, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "svhn"])
-def test_svhn(inside, tmp_path):
+def test_mat_files_of_svhn_are_read(inside, tmp_path):
     arrays = made_up(*SETS["svhn"])
     (tmp_path / inside).mkdir(exist_ok=True)
     for part in ("train", "test"):
@@ -157,7 +159,7 @@ def test_svhn(inside, tmp_path):
     assert_read(tmp_path, "svhn", arrays)
 
 
-def test_notmnist_large_and_small_with_broken_pictures(tmp_path, capsys):
+def test_notmnist_is_read_without_its_broken_pictures(tmp_path, capsys):
     arrays = made_up(*SETS["notmnist"])
     for part, size in (("train", "large"), ("test", "small")):
         for i, (x, y) in enumerate(zip(arrays[f"x_{part}"], arrays[f"y_{part}"], strict=True)):
@@ -166,10 +168,10 @@ def test_notmnist_large_and_small_with_broken_pictures(tmp_path, capsys):
     (tmp_path / "notMNIST_large" / "B" / "999.png").write_bytes(b"broken")
     assert_read(tmp_path, "notmnist", by_class(arrays))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith("B: 2 of 4 pictures are broken and passed over")
+    assert line.endswith("B: 2 of 4 pictures are broken and skipped")
 
 
-def test_notmnist_small_alone_gives_every_tenth_picture_to_the_test(tmp_path):
+def test_every_tenth_picture_of_notmnist_small_alone_is_for_testing(tmp_path):
     for letter in "ABCDEFGHIJ":
         for i in range(20):
             write_picture(
@@ -182,7 +184,7 @@ def test_notmnist_small_alone_gives_every_tenth_picture_to_the_test(tmp_path):
 
 
 def mini_imagenet(classes, each):
-    """Images that say of which class they are, and which of its images."""
+    """Return images whose pixels encode the class and the number of the image."""
     images = np.zeros((classes, each, 84, 84, 3), np.uint8)
     images[..., 0] = np.arange(classes)[:, None, None, None]
     images[..., 1] = (np.arange(each) // 256)[:, None, None]
@@ -201,7 +203,7 @@ def assert_mini_imagenet(folder, classes, each):
 
 
 @pytest.mark.parametrize("inside", ["", "mini-imagenet"])
-def test_mini_imagenet_as_pickles(inside, tmp_path):
+def test_mini_imagenet_is_read_from_pickles(inside, tmp_path):
     images = mini_imagenet(4, 502)
     (tmp_path / inside).mkdir(exist_ok=True)
     for part, classes in (("train", [0, 1]), ("val", [2]), ("test", [3])):
@@ -212,7 +214,7 @@ def test_mini_imagenet_as_pickles(inside, tmp_path):
     assert_mini_imagenet(tmp_path, 4, 502)
 
 
-def test_mini_imagenet_as_folders(tmp_path):
+def test_mini_imagenet_is_read_from_folders(tmp_path):
     images = mini_imagenet(2, 502)
     for name, part, pictures in (("n02", "train", images[0]), ("n07", "val", images[1])):
         for i, picture in enumerate(pictures):
@@ -220,7 +222,7 @@ def test_mini_imagenet_as_folders(tmp_path):
     assert_mini_imagenet(tmp_path, 2, 502)
 
 
-def test_pictures_of_another_size_are_brought_to_84_by_84(tmp_path):
+def test_pictures_of_another_size_are_scaled_to_84_by_84(tmp_path):
     for i in range(501):
         write_picture(tmp_path / "mini_imagenet" / "n01" / f"{i}.jpg", np.full((6, 9, 3), 200, np.uint8))
     train, _ = load(tmp_path, "mini_imagenet", upright)
@@ -229,7 +231,7 @@ def test_pictures_of_another_size_are_brought_to_84_by_84(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A ``datasets`` library that has CIFAR-10 and SVHN; what was asked of it."""
+    """Replace the ``datasets`` library by one with made-up images; return the list of its calls."""
     arrays = made_up(*SETS["cifar10"])
     asked = []
 
@@ -252,12 +254,12 @@ def hub(monkeypatch):
     ("name", "source"),
     [("cifar10", ("uoft-cs/cifar10",)), ("svhn", ("ufldl-stanford/svhn", "cropped_digits"))],
 )
-def test_hub(name, source, hub):
+def test_a_data_set_of_the_hub_is_read(name, source, hub):
     assert_read(Path("hub"), name, made_up(*SETS["cifar10"]))
     assert hub == [source]
 
 
-def test_hub_is_asked_only_where_nothing_is_found(hub, data, tmp_path):
+def test_the_hub_is_asked_only_if_a_folder_has_no_data(hub, data, tmp_path):
     Path("hub").symlink_to(data)
     assert_read(Path("hub"), "cifar10", made_up(*SETS["cifar10"]))
     with pytest.raises(FileNotFoundError):
@@ -265,7 +267,7 @@ def test_hub_is_asked_only_where_nothing_is_found(hub, data, tmp_path):
     assert hub == []
 
 
-def test_hub_says_what_is_missing(monkeypatch, tmp_path):
+def test_an_error_of_the_hub_names_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
@@ -275,7 +277,7 @@ def test_hub_says_what_is_missing(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_set_that_is_not_there_is_named_with_all_its_forms(name, tmp_path):
+def test_an_error_of_a_missing_set_names_all_its_formats(name, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=re.escape(f"--data {tmp_path} does not hold the data set {name}")
     ) as raised:
@@ -284,7 +286,7 @@ def test_a_set_that_is_not_there_is_named_with_all_its_forms(name, tmp_path):
         assert form in str(raised.value)
 
 
-def test_looks_in_a_row(data):
+def test_images_are_flattened_and_standardised(data):
     images = made_up(*SETS["mnist"])["x_train"].reshape(40, 784)
     (x, _), _ = (part.tensors for part in load(data, "mnist", flat))
     assert x.equal(torch.from_numpy(images) / 255.0)
@@ -293,7 +295,7 @@ def test_looks_in_a_row(data):
     torch.testing.assert_close(x.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_grey_images_look_coloured_with_a_margin(data):
+def test_grey_images_are_padded_and_get_three_equal_channels(data):
     images = torch.from_numpy(made_up(*SETS["mnist"])["x_test"]) / 255.0
     _, (x, _) = (part.tensors for part in load(data, "mnist", coloured))
     assert x.shape == (40, 3, 32, 32)
@@ -308,7 +310,7 @@ def test_grey_images_look_coloured_with_a_margin(data):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mini_imagenet"])
-def test_coloured_images_come_channel_by_channel_without_a_margin(name, data):
+def test_coloured_images_are_normalised_per_channel_without_a_margin(name, data):
     images = made_up(*SETS[name])["x_train"]
     (x, _), _ = (part.tensors for part in load(data, name, coloured))
     for channel, (mean, deviation) in enumerate(zip(*STATISTICS[name], strict=True)):

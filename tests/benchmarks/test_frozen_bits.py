@@ -1,4 +1,4 @@
-"""The picture of how bits freeze."""
+"""The picture of frozen bits."""
 
 import torch
 
@@ -6,7 +6,7 @@ from benchmarks.frozen_bits import draw, leading_bits, learn
 from lightning_blip.frozen.diagonal import encode
 
 
-def test_bits_that_are_drawn_as_frozen_stay_as_they_are(tmp_path):
+def test_bits_drawn_as_frozen_never_change(tmp_path):
     gained, bits, codes = learn(tasks=3, epochs=2)
     assert ((gained - bits).abs() < 0.5 + 1e-3).all()
     assert bits.amax() > 1
@@ -19,6 +19,6 @@ def test_bits_that_are_drawn_as_frozen_stay_as_they_are(tmp_path):
     assert (tmp_path / "bits.png").stat().st_size > 10_000
 
 
-def test_leading_bits_are_those_of_a_binary_fraction():
+def test_leading_bits_are_a_binary_fraction():
     # 1/2 of the bound is 5/6 of the way from −B/3 to 2B/3: 0.1101010101…
     assert leading_bits(encode(torch.tensor([0.5]), 1.0, 20)).tolist() == [[1, 1, 0, 1, 0, 1, 0, 1, 0, 1]]

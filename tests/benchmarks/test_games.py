@@ -1,4 +1,4 @@
-"""Streams of games: their environments, and scores as shares of what single-task runs come to."""
+"""Streams of games: their environments, and scores as shares of those of single-task runs."""
 
 from dataclasses import replace
 
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import learning, run
 from benchmarks.games import GAMES
 from benchmarks.methods import METHODS
 from benchmarks.plan import PARTS, Entry, Part
 from benchmarks.record import Record
-from benchmarks.results import Row, section, verdict
-from tests.benchmarks.test_run import break_off_and_go_on
+from benchmarks.results import section, verdict
+from benchmarks.rows import Row
+from tests.helpers.interruption import interrupt_and_go_on
 
 
 def quiet(*_):
@@ -29,13 +30,13 @@ def short(name, tasks):
 
 @pytest.fixture
 def games(monkeypatch):
-    """Two games, for two epochs each, of which nobody knows how much can be got."""
+    """Register two games of two epochs each, whose best return is unknown, and return them."""
     games = replace(short("cartpole", 2), best=None)
-    monkeypatch.setitem(run.STREAMS, "cartpole", games)
+    monkeypatch.setitem(learning.STREAMS, "cartpole", games)
     return games
 
 
-def test_games_of_minatar_show_the_same_number_of_channels_and_are_played():
+def test_all_games_of_minatar_have_ten_channels_and_fit_the_agent():
     games = GAMES["minatar"]
     stream, module = games.stream(None, seed=0), games.module()
     assert [task.action_space.n for task in stream.tasks] == list(games.actions)
@@ -49,43 +50,43 @@ def test_games_of_minatar_show_the_same_number_of_channels_and_are_played():
         assert environment.spec.max_episode_steps == 2_500
 
 
-def test_single_task_runs_are_the_ceiling_of_the_same_seed(games, tmp_path):
-    record = run.Run(games, "finetune", {}).record(tmp_path, tmp_path, seed=1, report=quiet)
+def test_the_single_task_run_of_a_seed_is_its_ceiling(games, tmp_path):
+    record = learning.Run(games, "finetune", {}).record(tmp_path, tmp_path, seed=1, report=quiet)
     single = Record.read(tmp_path / "cartpole-single-seed1.json")
     assert single.ceilings == record.ceilings
     assert single.R == [[None, None], [100.0, 100.0]]
     assert min(single.ceilings) > 0
-    learned = run.Run(games, "finetune", {}).learn(tmp_path, seed=1, report=quiet)
+    learned = learning.Run(games, "finetune", {}).learn(tmp_path, seed=1, report=quiet)
     returns = np.array(learned.R, dtype=float)[-1] / 100
     assert record.R[-1] == pytest.approx((100 * returns / np.array(single.ceilings)).tolist(), rel=1e-4)
 
 
-def test_an_agent_of_its_own_learns_each_game_as_a_stream_of_one(games, tmp_path):
-    single = run.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
+def test_a_single_task_run_learns_each_game_as_a_stream_of_one_game(games, tmp_path):
+    single = learning.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
     for game, ceiling in zip(games.alone(), single.ceilings, strict=True):
         assert len(game.environments) == game.tasks == 1
-        record = run.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet)
+        record = learning.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet)
         assert pytest.approx(100 * ceiling, rel=1e-3) == record.ACC
 
 
-def test_single_task_runs_of_games_whose_best_is_known_are_measured_by_that(tmp_path):
+def test_a_known_best_return_is_the_ceiling_of_single_task_runs(tmp_path):
     games = short("cartpole", 2)
-    record = run.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
+    record = learning.Run(games, "single", {}).learn(tmp_path, seed=0, report=quiet)
     assert record.ceilings == [500.0, 500.0]
     assert record.R[-1] == [
-        run.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet).ACC for game in games.alone()
+        learning.Run(game, "finetune", {}).learn(tmp_path, seed=0, report=quiet).ACC for game in games.alone()
     ]
     assert pytest.approx(sum(record.R[-1]) / 2) == record.ACC
 
 
-def test_fewer_games_are_measured_by_the_single_task_runs_of_all(games, tmp_path):
+def test_the_ceiling_of_fewer_games_is_the_single_task_run_of_all_games(games, tmp_path):
     fewer = replace(games, tasks=1)
-    record = run.Run(fewer, "finetune", {}).record(tmp_path, tmp_path, seed=0, report=quiet)
+    record = learning.Run(fewer, "finetune", {}).record(tmp_path, tmp_path, seed=0, report=quiet)
     assert record.ceilings == Record.read(tmp_path / "cartpole-single-seed0.json").ceilings[:1]
 
 
-def test_a_record_holds_the_curve_of_each_game(games, tmp_path):
-    record = run.Run(games, "blip", {}).learn(tmp_path, seed=0, report=quiet, ceilings=[2.0, 4.0])
+def test_a_record_has_the_curve_of_each_game(games, tmp_path):
+    record = learning.Run(games, "blip", {}).learn(tmp_path, seed=0, report=quiet, ceilings=[2.0, 4.0])
     first, second = record.curves["heavy"], record.curves["reversed"]
     assert [position for position, _ in first] == [0.5, 1.0, 1.0, 1.5, 2.0, 2.0]
     assert [position for position, _ in second] == [1.5, 2.0, 2.0]
@@ -94,9 +95,9 @@ def test_a_record_holds_the_curve_of_each_game(games, tmp_path):
     assert Record.read(tmp_path / "record.json").curves["heavy"][0][0] == 0.5
 
 
-def test_a_run_that_was_broken_off_within_a_game_goes_on_after_the_last_epoch(tmp_path):
-    stream = run.Run(short("cartpole", 2), "blip", {})
-    record, _, _, again = break_off_and_go_on(stream, tmp_path, tmp_path, "task 2 of 2, epoch 2")
+def test_a_run_interrupted_within_a_game_goes_on_after_the_last_epoch(tmp_path):
+    stream = learning.Run(short("cartpole", 2), "blip", {})
+    record, _, _, again = interrupt_and_go_on(stream, tmp_path, tmp_path, "task 2 of 2, epoch 2")
     assert [where.split(": ")[1].split(", ")[:2] for where, _ in again] == [["task 2 of 2", "epoch 2 of 2"]]
     unbroken = stream.learn(tmp_path, 0, report=quiet)
     assert replace(record, seconds=0.0) == replace(unbroken, seconds=0.0)
@@ -108,14 +109,14 @@ def test_methods_that_need_returns_are_refused_for_data_sets(capsys):
     assert "single needs returns, which split_mnist does not have" in capsys.readouterr().err
 
 
-def test_a_search_can_have_values_of_its_own():
+def test_a_part_can_set_the_values_of_a_search():
     (ewc,) = [entry for entry in PARTS["games"][0].entries if entry.method == "ewc"]
     assert [job.run.settings["strength"] for job in ewc.search] == [5_000, 50, 5, 0.5]
     usual = Entry(Part("cartpole"), "ewc").search
     assert [job.run.settings["strength"] for job in usual] == list(METHODS["ewc"].values)
 
 
-def test_the_results_show_single_task_returns_and_a_curve_a_game(tmp_path):
+def test_the_results_have_single_task_returns_and_a_curve_per_game(tmp_path):
     part = Part("cartpole", seeds=2, methods=("single", "finetune", "blip"))
     for entry in part.entries:
         for job in entry.seeds_of_best(tmp_path):
@@ -127,8 +128,10 @@ def test_the_results_show_single_task_returns_and_a_curve_a_game(tmp_path):
             )  # fmt: skip
             record.write(job.path(tmp_path))
     text = section(part, tmp_path, tmp_path, "pictures")
-    said = "Returns of the single-task runs: heavy 275.00 ± 35.36, reversed 330.00 ± 42.43, light 385.00 ±"
-    assert said in text
+    expected = (
+        "Returns of the single-task runs: heavy 275.00 ± 35.36, reversed 330.00 ± 42.43, light 385.00 ±"
+    )
+    assert expected in text
     assert "![return of each game over the training](pictures/cartpole-curves.png)" in text
     assert (tmp_path / "cartpole-curves.png").stat().st_size > 10_000
     row = Row(
@@ -137,18 +140,18 @@ def test_the_results_show_single_task_returns_and_a_curve_a_game(tmp_path):
     assert row.curves["heavy"].tolist() == [[0.5, 1.0], [10.5, 90.0]]
 
 
-def test_single_task_runs_are_no_rival():
+def test_single_task_runs_do_not_count_as_a_method():
     def row(method, acc):
         return Row(method, [replace(RECORD, method=method, ACC=acc)])
 
-    said = verdict([row("single", 100.0), row("finetune", 50.0), row("blip", 90.0)], "")
-    assert said == "BLIP is ahead of all others, by 40.00 points of the next, fine-tuning."
+    text = verdict([row("single", 100.0), row("finetune", 50.0), row("blip", 90.0)], "")
+    assert text == "BLIP is ahead of all others, by 40.00 points of the next, fine-tuning."
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("method", ["finetune", "blip"])
-def test_blip_keeps_the_carts_that_fine_tuning_forgets(method, tmp_path):
-    record = run.Run(GAMES["cartpole"], method, {}).learn(tmp_path, seed=0, report=quiet)
+def test_blip_keeps_the_environments_that_fine_tuning_forgets(method, tmp_path):
+    record = learning.Run(GAMES["cartpole"], method, {}).learn(tmp_path, seed=0, report=quiet)
     learned = [record.R[0][0], record.R[1][1]]
     kept = [100 * now / then for now, then in zip(record.R[2][:2], learned, strict=True)]
     assert min(learned) > 95

@@ -1,4 +1,4 @@
-"""PPO: its advantages and losses against obvious ones, and that it learns CartPole."""
+"""PPO: its advantages and losses agree with slow versions, and it learns CartPole."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Normal
 
-from benchmarks import run
+from benchmarks import learning, run
 from benchmarks.games import GAMES, cartpole
 from benchmarks.ppo import PPO, advantage, categorical, gaussian
 from benchmarks.record import Record
@@ -18,7 +18,7 @@ from lightning_blip.tasks.rollouts import Episodes, Rollout
 
 
 def by_definition(rewards, values, ended, following, discount, trace):
-    """The sum of what is to come, written out for each step alone."""
+    """Return the advantages as a sum over later steps, written out for each step."""
     steps = len(rewards)
     after = [*values[1:], following]
     advantages = []
@@ -34,7 +34,7 @@ def by_definition(rewards, values, ended, following, discount, trace):
     return advantages
 
 
-def test_advantages_are_those_of_the_definition():
+def test_advantages_agree_with_their_definition():
     rewards, values = torch.randn(2, 20, 3)
     ended, following = torch.rand(20, 3) < 0.2, torch.randn(3)
     found = advantage(rewards, values, ended, following, 0.9, 0.8)
@@ -45,7 +45,7 @@ def test_advantages_are_those_of_the_definition():
         assert found[:, env].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_with_a_trace_of_one_returns_are_the_discounted_rewards_and_those_of_the_cut_go_on():
+def test_with_a_trace_of_one_returns_are_discounted_rewards_plus_values_at_a_cut():
     agent = PPO(nn.Linear(2, 4), 4, [2], discount=0.5, trace=1.0, reward_scale=2.0)
     observations = torch.randn(3, 1, 2)
     ended = torch.tensor([[False], [True], [False]])
@@ -62,7 +62,7 @@ def test_with_a_trace_of_one_returns_are_the_discounted_rewards_and_those_of_the
     )
 
 
-def test_the_loss_is_that_of_the_paper_sample_by_sample():
+def test_the_loss_agrees_with_that_of_the_paper_per_sample():
     agent = PPO(nn.Linear(2, 4), 4, [3], clip=0.1, value_weight=0.5, entropy_weight=0.01)
     agent.log_dict = lambda _: None
     x, actions, advantages, returns = torch.randn(6, 2), torch.arange(6) % 3, torch.randn(6), torch.randn(6)
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_paper_sample_by_sample():
     assert found.item() == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
-def test_policies_are_those_of_their_parameters():
+def test_policies_have_the_given_parameters():
     output = torch.tensor([[0.5, -1.0, math.log(2.0), 0.0]])
     action = torch.tensor([[1.0, 2.0]])
     expected = Normal(0.5, 2.0).log_prob(action[0, 0]) + Normal(-1.0, 1.0).log_prob(action[0, 1])
@@ -89,7 +89,7 @@ def test_policies_are_those_of_their_parameters():
     assert categorical(output).probs[0].tolist() == pytest.approx(output.softmax(1)[0].tolist())
 
 
-def test_the_rate_falls_to_zero_over_each_task_and_the_gradient_is_clipped():
+def test_the_learning_rate_decays_to_zero_over_each_task_and_gradients_are_clipped():
     class Watching(pl.Callback):
         rates, norms = [], []
 
@@ -131,28 +131,28 @@ def fitted(games, callbacks=(), **agent):
 
 @pytest.mark.parametrize("method", ["ewc", "mas", "gpm", "blip-kronecker", "blip-paper"])
 def test_methods_for_data_sets_learn_games_too(method, tmp_path):
-    record = run.Run(short(2), method, {}).learn(tmp_path, seed=0, report=lambda *_: None)
+    record = learning.Run(short(2), method, {}).learn(tmp_path, seed=0, report=lambda *_: None)
     (first, _), second = record.R
     assert 0 < first <= 100
     assert 0 < min(second) <= max(second) <= 100
     assert abs(2 * record.ACC - sum(second)) < 1e-3
 
 
-def test_methods_that_need_labels_are_refused(capsys):
+def test_methods_that_need_labels_are_refused_for_games(capsys):
     with pytest.raises(SystemExit):
         run.main(["cartpole", "--method", "joint"])
     assert "joint needs labels, which cartpole does not have" in capsys.readouterr().err
 
 
-def test_a_record_of_games_lies_with_the_others(tmp_path, monkeypatch):
-    monkeypatch.setitem(run.STREAMS, "cartpole", short(2))
+def test_a_run_of_games_leaves_a_record(tmp_path, monkeypatch):
+    monkeypatch.setitem(learning.STREAMS, "cartpole", short(2))
     run.main(["cartpole", "--method", "blip", "--seeds", "1", "--tasks", "1", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     assert path.name == "cartpole-blip-tasks=1-seed0.json"
     assert len(Record.read(path).used_capacity) == 1
 
 
-def test_cartpole_falls_as_its_physics_say():
+def test_cartpole_falls_according_to_its_physics():
     def angle_after(**physics):
         environment = cartpole(**physics)
         environment.reset(seed=0)
@@ -166,7 +166,7 @@ def test_cartpole_falls_as_its_physics_say():
     assert angle_after(length=2.0) > usual
 
 
-def test_the_atari_agent_is_the_papers_and_its_policies_fit_the_games():
+def test_the_atari_agent_fits_the_games_and_the_settings_of_the_paper():
     games = GAMES["atari6"]
     stream, module = games.stream(None, seed=0), games.module()
     assert [task.action_space.n for task in stream.tasks] == [head.out_features for head in module.head.heads]

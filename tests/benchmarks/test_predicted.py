@@ -1,4 +1,4 @@
-"""Predicted and measured forgetting: at the right moments, right, and without a trace in the training."""
+"""Predicted and measured forgetting: the points are right, and do not change the training."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from lightning_blip.tasks.task import MappedDataset, Task
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Forty images of ten classes that can be told apart."""
+    """Write forty images of ten distinct classes."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     labels = np.arange(40) % 10
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 
 class Witness(pl.Callback):
-    """Keeps the weights of every step, of every task's start, and of the end."""
+    """Collects the weights after every step, at the start of every task, and at the end."""
 
     def __init__(self, blip):
         self.blip = blip
@@ -62,7 +62,7 @@ def _weights(module):
 
 @pytest.fixture
 def witnesses(monkeypatch):
-    """One for each fit, in order."""
+    """Return the list of witnesses, one per fit in order."""
     seen = []
     trainer_of = predicted.quiet_trainer
 
@@ -76,7 +76,10 @@ def witnesses(monkeypatch):
 
 @pytest.fixture
 def compare(data, tmp_path, capsys):
-    """Compares on three short tasks; gives the record, the picture's path and what was printed last."""
+    """Return a function that runs the command on three short tasks.
+
+    It returns the record, the path of the picture and the last printed line.
+    """
 
     def main(stream, *arguments):
         out = tmp_path / "out"
@@ -90,7 +93,7 @@ def compare(data, tmp_path, capsys):
 
 @torch.no_grad()
 def _loss(stream, weights, task):
-    """The cross-entropy of the task's training data, sample by sample."""
+    """Return the cross-entropy on the task's training data, computed per sample."""
     module = PROTOCOLS[stream].network(3)
     network = nn.ModuleDict(dict(zip(("body", "head"), module, strict=True)))
     network.load_state_dict(weights)
@@ -108,11 +111,11 @@ def _loss(stream, weights, task):
     ("stream", "epochs", "points", "moments"),
     [
         ("permuted_mnist", 2, 3, [3, 6, 8]),  # of 8 steps, one shared head
-        ("split_mnist", 3, 3, [1, 2, 3]),  # of 3 steps, a head a task
-        ("split_mnist", 2, 5, [1, 2]),  # there are no more moments than steps
+        ("split_mnist", 3, 3, [1, 2, 3]),  # of 3 steps, a head per task
+        ("split_mnist", 2, 5, [1, 2]),  # no more points than steps
     ],
 )
-def test_points_are_taken_at_even_moments_and_measure_the_rise(
+def test_points_are_evenly_spaced_and_measure_the_rise_of_the_loss(
     stream, epochs, points, moments, compare, witnesses
 ):
     record, _, _ = compare(stream, "--epochs", str(epochs), "--points-per-task", str(points))
@@ -128,14 +131,14 @@ def test_points_are_taken_at_even_moments_and_measure_the_rise(
             for past in witness.tasks[:task]
         ]
         assert point["measured"] == pytest.approx(np.mean(rises), rel=1e-3, abs=2e-6)
-    # Ten times what they may be off.
+    # The rises are ten times larger than the tolerance.
     assert max(abs(point["measured"]) for point in record["points"]) > 2e-5
 
 
-def test_the_last_point_is_taken_before_blip_averages(compare, witnesses):
+def test_the_last_point_has_the_weights_before_blip_averages(compare, witnesses):
     record, _, _ = compare("permuted_mnist", "--epochs", "5", "--points-per-task", "1", "--set", "every=1")
     (witness,) = witnesses
-    averaged = witness.starts[2]  # that of the end of task 1, as BLIP left it
+    averaged = witness.starts[2]  # the end of task 1, averaged by BLIP
     rise, as_left = (
         _loss("permuted_mnist", weights, witness.tasks[0])
         - _loss("permuted_mnist", witness.starts[1], witness.tasks[0])
@@ -145,24 +148,24 @@ def test_the_last_point_is_taken_before_blip_averages(compare, witnesses):
     assert record["points"][0]["measured"] == pytest.approx(rise, abs=2e-6)
 
 
-def test_training_is_the_same_however_many_points_are_taken(compare, witnesses):
+def test_the_number_of_points_does_not_change_the_training(compare, witnesses):
     for points in ("1", "8"):
         compare("split_mnist", "--epochs", "8", "--points-per-task", points)
     one, many = (witness.end for witness in witnesses)
     torch.testing.assert_close(one, many, rtol=0, atol=0)
 
 
-def test_losses_leave_no_trace():
+def test_measuring_losses_leaves_the_module_as_it_was():
     body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
     module = Classifier(body, TaskHeads(6, classes=[2, 2]), lambda theta: torch.optim.SGD(theta, lr=0.1))
     x, y = torch.randn(8, 4), torch.arange(8) % 2
     blip = BLIP(norm_stats="per_task")
     blip.consolidate(module, [(x, y)])
     kept = _weights(module)
-    module(x + 3)  # the statistics go on to the next task
+    module(x + 3)  # the running statistics of the next task
     blip.use_task(module, 1)
     module.training_step((x, y), 0).backward()
-    body[2].eval()  # someone else's choice
+    body[2].eval()  # a mode that the user set
     before = _state(module)
     (loss,) = predicted.losses(blip, module, [Task("first", MappedDataset(TensorDataset(x, y)))])
     torch.testing.assert_close(_state(module), before, rtol=0, atol=0)
@@ -183,7 +186,7 @@ def _state(module):
     }
 
 
-def test_of_many_samples_the_same_are_taken_evenly(monkeypatch):
+def test_of_many_samples_an_evenly_spaced_subset_is_measured(monkeypatch):
     monkeypatch.setattr(predicted, "_MOST_SAMPLES", 4)
     task = Task("many", MappedDataset(TensorDataset(torch.arange(10.0), torch.arange(10))))
     for _ in range(2):
@@ -191,7 +194,7 @@ def test_of_many_samples_the_same_are_taken_evenly(monkeypatch):
         assert x.tolist() == y.tolist() == [0, 2, 5, 7]
 
 
-def test_what_it_comes_to_is_printed_saved_and_drawn(compare):
+def test_the_summary_is_printed_saved_and_drawn(compare):
     record, picture, line = compare(
         "permuted_mnist", "--epochs", "2", "--points-per-task", "4", "--seed", "3",
         "--set", "basis=kronecker", "rank=5", "pull=1.5",
@@ -219,13 +222,13 @@ def _comparison(pairs):
     return Comparison("stream", "diagonal", {}, 0, 3, 1, points, "machine", "2")
 
 
-def test_correlation_and_share_within_a_factor_of_two():
+def test_correlation_and_share_agree_with_an_example():
     comparison = _comparison([(1.0, -0.1), (2.0, 4.0), (3.0, 1.5), (4.0, 8.5)])
     assert comparison.correlation == pytest.approx(0.8)
     assert comparison.share_within_two == 0.5
 
 
-def test_the_picture_shows_every_point_by_task():
+def test_the_picture_has_every_point_with_one_colour_per_task():
     pairs = [(1e-3, -2e-3), (2e-3, 1e-3), (0.4, 0.1), (0.1, 0.3)]
     comparison = _comparison(pairs)
     figure = comparison.draw()
@@ -250,7 +253,7 @@ def test_the_picture_shows_every_point_by_task():
         (["--tasks", "1"], "--tasks 1: nothing is forgotten before a second task"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(arguments, message, compare, capsys):
+def test_arguments_that_cannot_be_compared_are_refused(arguments, message, compare, capsys):
     with pytest.raises(SystemExit):
         compare("split_mnist", *arguments)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The streams: their tasks, samples and heads, and that each can be learned."""
+"""The streams of images: their tasks, samples, heads and networks."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,14 +16,14 @@ from benchmarks.data.looks import STATISTICS
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import TaskHeads
 from lightning_blip.tasks.task import MappedDataset
-from tests.benchmarks.conftest import SETS, made_up
+from tests.helpers.data import SETS, made_up
 from tests.helpers.networks import QUIET
 
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 TWENTIES = [tuple(range(start, start + 20)) for start in range(0, 100, 20)]
 TEN = tuple(range(10))
 
-# The classes of each task for seed 0.
+# The classes of each task with seed 0.
 CLASSES = {
     "permuted_mnist": [TEN] * 10,
     "permuted_mnist_20": [TEN] * 20,
@@ -51,7 +51,7 @@ def images_of(name, part="train"):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_two_tasks_are_learned(name, data):
+def test_training_moves_every_parameter_of_a_network(name, data):
     protocol = replace(PROTOCOLS[name], tasks=2, epochs=1)
     pl.seed_everything(0, verbose=False)
     stream, module = protocol.stream(data, seed=0), protocol.module()
@@ -66,7 +66,7 @@ def test_two_tasks_are_learned(name, data):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_tasks_have_their_classes_and_heads_fit(name, data):
+def test_tasks_have_their_classes_and_fitting_heads(name, data):
     protocol = PROTOCOLS[name]
     stream, head = protocol.stream(data, seed=0), protocol.module().head
     assert len(stream) == protocol.tasks
@@ -93,7 +93,7 @@ def digest(tensors):
         ("split_fashion", 1, "52e6b9b69d45f9a7"),
     ],
 )
-def test_streams_that_have_records_stay_as_they_are(name, seed, expected, data):
+def test_streams_with_records_are_bit_for_bit_the_same(name, seed, expected, data):
     pl.seed_everything(seed, verbose=False)
     stream, module = PROTOCOLS[name].stream(data, seed), PROTOCOLS[name].module()
     seen = []
@@ -104,7 +104,7 @@ def test_streams_that_have_records_stay_as_they_are(name, seed, expected, data):
     assert digest([*seen, *module.state_dict().values()]) == expected
 
 
-def test_standardised_streams_have_mean_0_and_deviation_1_over_the_whole_training_set(data):
+def test_a_standardised_training_set_has_mean_0_and_deviation_1(data):
     images, labels = images_of("mnist")
     x, y = samples(PROTOCOLS["split_mnist"].stream(data, 0)[1].train)
     pixels = images.flatten(1) / 255.0
@@ -131,7 +131,7 @@ def test_rotated_images_are_rotated(data):
         ("five_sets", 3, ["svhn", "fashion_mnist", "notmnist", "cifar10", "mnist"]),
     ],
 )
-def test_chains_have_one_set_a_task_in_colour(name, seed, order, data):
+def test_a_chain_has_one_coloured_data_set_per_task(name, seed, order, data):
     stream = PROTOCOLS[name].stream(data, seed)
     assert [task.name for task in stream.tasks] == order
     for task in stream.tasks:
@@ -150,7 +150,7 @@ def test_chains_have_one_set_a_task_in_colour(name, seed, order, data):
             torch.testing.assert_close(x[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_cifar_comes_by_turns(data):
+def test_cifar10_and_cifar100_alternate(data):
     stream = PROTOCOLS["alternating_cifar"].stream(data, seed=0)
     names = [task.name for task in stream.tasks]
     assert names[:4] == ["CIFAR-10 0-1", "CIFAR-100 0-19", "CIFAR-10 2-3", "CIFAR-100 20-39"]
@@ -185,14 +185,14 @@ def test_classes_are_drawn_from_the_seed(name, source, size, data):
         own = images[labels == original].flatten(1) / 255.0
         assert shown.shape == own.shape
         sums = torch.stack([shown.sum(1), own.sum(1)])
-        # Normalised alike, images of one class differ in their sums as they did before.
+        # All are normalised alike, so that the order of the sums stays.
         assert sums.argsort(1)[0].equal(sums.argsort(1)[1])
 
 
 @pytest.mark.parametrize(
     ("shape", "sizes"), [((784,), [255, 45]), ((3, 32, 32), 4 * [65] + [40]), ((3, 84, 84), 9 * [32] + [12])]
 )
-def test_large_images_are_validated_fewer_at_a_time(shape, sizes, data):
+def test_larger_images_are_validated_in_smaller_batches(shape, sizes, data):
     stream = PROTOCOLS["split_mnist"].stream(data, seed=0)
     many = TensorDataset(torch.zeros(1).expand(300, *shape), torch.zeros(300))
     stream.tasks[0] = replace(stream.tasks[0], val=MappedDataset(many))
@@ -200,7 +200,7 @@ def test_large_images_are_validated_fewer_at_a_time(shape, sizes, data):
     assert [len(x) for x, _ in loader] == sizes
 
 
-def test_dropout_is_that_of_torch():
+def test_dropout_has_the_distribution_of_torchs():
     torch.manual_seed(0)
     x = torch.full((8, 16, 20, 20), 3.0).to(memory_format=torch.channels_last)
     ours, theirs = networks.Dropout(0.2), nn.Dropout(0.2)
@@ -212,7 +212,7 @@ def test_dropout_is_that_of_torch():
 
 
 @pytest.mark.parametrize("name", ["split_mnist", "five_sets", "mini_imagenet_alexnet"])
-def test_a_stream_has_no_more_tasks_than_it_can(name, data):
+def test_more_tasks_than_the_stream_has_are_refused(name, data):
     tasks = PROTOCOLS[name].tasks
     with pytest.raises(ValueError, match=f"tasks={tasks + 1} is more than the {tasks} that this stream has"):
         replace(PROTOCOLS[name], tasks=tasks + 1).stream(data, seed=0)
@@ -229,7 +229,7 @@ def test_a_stream_has_no_more_tasks_than_it_can(name, data):
         (networks.vit_small, 32, 10, 21_342_346),
     ],
 )
-def test_networks_have_their_sizes(network, size, outputs, parameters):
+def test_networks_have_the_published_sizes(network, size, outputs, parameters):
     module = network()
     assert module(torch.zeros(2, 3, size, size)).shape == (2, outputs)
     assert sum(theta.numel() for theta in module.parameters()) == parameters

@@ -1,4 +1,4 @@
-"""The table of results: what it says follows from the records alone."""
+"""The table of results: it follows from the records alone, and the suite makes them."""
 
 import re
 from dataclasses import replace
@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from benchmarks import results, suite
+from benchmarks.learning import Run
 from benchmarks.machine import machine
 from benchmarks.plan import Entry, Job, Part
+from benchmarks.published import checks
 from benchmarks.record import Record
-from benchmarks.run import Run
+from benchmarks.rows import row_of
 
 PART = Part("split_fashion", seeds=2, epochs=1, methods=("finetune", "ewc", "blip", "joint"))
 
 
 def write(folder, job, acc, bwt=-10.0):
-    """A record as a run of so high a score would leave it."""
+    """Write the record of a run with this score."""
     protocol = job.run.protocol
     R = np.tri(protocol.tasks) * acc
     record = Record(
@@ -30,7 +32,7 @@ def write(folder, job, acc, bwt=-10.0):
 
 @pytest.fixture
 def records(tmp_path):
-    """All records of a part: EWC's search was won by λ = 30."""
+    """Write all records of a part, in which λ = 30 is the best of the search for EWC."""
     folder = tmp_path / "records"
     scores = {"finetune": 70.0, "ewc": 80.0, "blip": 90.0, "joint": 99.0}
     for entry in PART.entries:
@@ -41,7 +43,7 @@ def records(tmp_path):
     return folder
 
 
-def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
+def test_the_search_runs_before_the_seeds(tmp_path):
     entry = Entry(PART, "ewc")
     first = entry.left(tmp_path)
     assert [job.run.settings for job in first] == [{"strength": value} for value in (3, 10, 30, 100)]
@@ -57,13 +59,13 @@ def test_a_setting_is_searched_before_the_seeds_are_run(tmp_path):
     assert entry.left(tmp_path) == []
 
 
-def test_a_value_with_which_the_whole_stream_diverges_gives_way_to_the_next_best(records, tmp_path):
+def test_the_next_best_value_is_taken_if_the_whole_stream_diverges_with_the_best(records, tmp_path):
     entry = Entry(PART, "ewc")
     best = entry.seeds_of_best(records)
     assert best[0].run.settings == {"strength": 30}
     best[1].diverged(records).write_text("not finite")
     assert [job.run.settings for job in entry.left(records)] == [{"strength": 100}] * 2
-    assert results.row_of(entry, records) is None
+    assert row_of(entry, records) is None
     text = results.section(PART, records, tmp_path, "pictures")
     assert "30: 75.00, which diverged over the whole stream, 100: 62.00" in text
     for job in entry.search:
@@ -80,7 +82,7 @@ def test_a_setting_can_be_searched_on_another_stream(tmp_path):
     assert (found.run.protocol.name, found.run.settings) == ("three_sets", {"strength": 30})
 
 
-def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
+def test_the_table_has_the_figures_of_the_records(records, tmp_path):
     text = results.section(PART, records, tmp_path, "pictures")
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| 2 | 80.50 ± 0.71 | −10.00 ± 0.00 | – | 8.0 | 300 |" in rows["| online EWC, strength = 30"]
@@ -90,47 +92,47 @@ def test_the_table_holds_the_figures_of_the_records(records, tmp_path):
     assert (tmp_path / "split_fashion-1-epochs.png").stat().st_size > 10_000
 
 
-def test_where_another_is_ahead_it_says_so(records):
-    rows = [results.row_of(entry, records) for entry in PART.entries]
+def test_the_table_says_if_another_method_is_ahead(records):
+    rows = [row_of(entry, records) for entry in PART.entries]
     rows[0] = replace(rows[0], records=[replace(rows[0].records[0], ACC=95.0)])
     assert results.verdict(rows, "Nothing is forgotten.") == (
         "fine-tuning is ahead of BLIP by 5.00 points. Nothing is forgotten."
     )
 
 
-def test_a_lead_is_counted_seed_by_seed(records):
-    _, ewc, blip, _ = (results.row_of(entry, records) for entry in PART.entries)
+def test_a_lead_is_computed_seed_by_seed(records):
+    _, ewc, blip, _ = (row_of(entry, records) for entry in PART.entries)
     first, second = blip.records
     said = results.verdict([ewc, replace(blip, records=[first, replace(second, ACC=first.ACC)])], "")
     assert "BLIP is ahead of all others, by 9.50 ± 0.71 points of the next, " in said
     assert results.verdict([replace(ewc, records=ewc.records[:1]), replace(blip, records=[second])], "") == ""
 
 
-def test_a_table_says_what_makes_it_where_and_how_long_that_takes(records, tmp_path, monkeypatch):
+def test_a_table_names_its_command_machine_and_duration(records, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PARTS", {"long": (PART,)})
     text = results.table("long", records, tmp_path, "pictures")
     made = f"12 runs, one after the other 1.0 hours, on: {machine()}."
     assert f"`make benchmarks DATA=DIR TABLE=long`: {made}" in text
 
 
-def test_what_has_no_records_is_left_out(tmp_path):
+def test_a_part_without_records_is_left_out(tmp_path):
     assert results.section(PART, tmp_path, tmp_path, "pictures") == ""
     assert results.table("cpu", tmp_path, tmp_path, "pictures") == ""
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(96.5, "yes"), (90.0, "**no**")])
-def test_a_baseline_is_checked_against_its_published_figure(score, verdict, tmp_path):
+def test_a_baseline_is_compared_with_its_published_figure(score, verdict, tmp_path):
     entry = Entry(Part("permuted_mnist"), "joint")
     for job in entry.left(tmp_path):
         write(tmp_path, job, score, bwt=None)
-    line = results.checks(tmp_path).splitlines()[2]
+    line = checks(tmp_path).splitlines()[2]
     assert line.startswith(f"| joint training | `permuted_mnist` | 96.70 | {score:.2f} | {score - 96.7:+.2f}")
     assert f"(within 1: {verdict})" in line
 
 
 @pytest.fixture
 def part(tmp_path, monkeypatch):
-    """All that is planned, in a folder of its own."""
+    """Replace the plan by one short part, in a new folder."""
     part = Part("split_fashion", seeds=1, epochs=1, methods=("finetune", "joint"))
     for module in (suite, results):
         monkeypatch.setattr(module, "PARTS", {"cpu": (part,)})
@@ -138,7 +140,7 @@ def part(tmp_path, monkeypatch):
     return part
 
 
-def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, data, tmp_path, capsys):
+def test_the_suite_runs_what_has_no_record_and_writes_the_table(part, data, tmp_path, capsys):
     first, second = (entry.seeds_of_best(tmp_path)[0] for entry in part.entries)
     out = tmp_path / "records"
     write(out, second, 88.0, bwt=None)
@@ -146,7 +148,7 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     said = capsys.readouterr().out
     where = re.findall(r"\[(.*) left\] split_fashion finetune .*: task (\d) of 5, epoch 1 of 1", said)
     assert [task for _, task in where] == ["1", "2", "3", "4", "5"]
-    # By the other run's 300 s for five epochs.
+    # Estimated from the other run's 300 s for five epochs.
     assert [left for left, _ in where] == [f"0 h 0{minutes} min" for minutes in (4, 3, 2, 1, 0)]
     assert first.path(out).exists()
     assert Record.read(second.path(out)).ACC == 88.0
@@ -158,27 +160,27 @@ def test_the_suite_runs_all_writes_the_table_and_goes_on_where_it_stopped(part, 
     assert f"Written: {out / 'RESULTS.md'}" in said
 
 
-def test_where_all_has_a_record_the_suite_says_so_and_how_it_is_made_anew(part, tmp_path, capsys):
+def test_with_all_records_the_suite_says_how_to_repeat_them(part, tmp_path, capsys):
     records = tmp_path / "benchmarks" / "records"
     for entry in part.entries:
         write(records, entry.seeds_of_best(records)[0], 88.0)
     suite.main([])
     said = capsys.readouterr().out
     assert said.startswith(
-        "Runs to come: 0. Those with a record in benchmarks/records are done; another --out makes all"
+        "Runs to come: 0. Runs with a record in benchmarks/records are done; another --out repeats all"
     )
     table = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "![split_fashion](../docs/results/split_fashion-1-epochs.png)" in table
 
 
-def test_in_a_new_folder_the_time_left_is_counted_by_the_records_of_the_repository(part, tmp_path):
+def test_in_a_new_folder_the_time_left_is_estimated_from_the_records_of_the_repository(part, tmp_path):
     write(tmp_path / "benchmarks" / "records", part.entries[0].seeds_of_best(tmp_path)[0], 88.0)
     # Two runs of five epochs, at 300 s for five.
     assert suite.Suite(part.entries, tmp_path, tmp_path / "new", "cpu", 1).time_left() == "0 h 10 min"
 
 
 @pytest.mark.usefixtures("part")
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+def test_a_failed_run_is_named_and_the_others_continue(tmp_path, capsys):
     with pytest.raises(SystemExit):
         suite.main(["--data", str(tmp_path), "--out", "records", "--processes", "2"])
     said = capsys.readouterr().out

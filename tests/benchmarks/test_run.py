@@ -1,4 +1,4 @@
-"""The runner: what it learns is the same for every method, what it records, and where it goes on."""
+"""A run: the same start for every method, its record, and how it goes on after an interruption."""
 
 import json
 from dataclasses import replace
@@ -9,15 +9,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from benchmarks import run
+from benchmarks import learning, run
 from benchmarks.protocols import PROTOCOLS
 from lightning_blip import TaskHeads
 from lightning_blip.metrics import average_score, backward_transfer
+from tests.helpers.interruption import interrupt_and_go_on
 
 
 @pytest.fixture
 def runner(data, tmp_path):
-    """Runs two short tasks; the records lie in ``tmp_path``."""
+    """Return a function that runs two short tasks and returns the records in ``tmp_path``."""
 
     def main(stream, method, *arguments):
         short = ["--tasks", "2", "--epochs", "1"]
@@ -28,7 +29,7 @@ def runner(data, tmp_path):
 
 
 class Witness(pl.Callback):
-    """Sees what a run learns, and scores each task by itself as it is frozen."""
+    """Collects what a run starts from, and scores each task at its end."""
 
     def __init__(self):
         self.scores, self.first, self.validations = [], [], 0
@@ -56,27 +57,27 @@ class Witness(pl.Callback):
 
 @pytest.fixture
 def witnesses(monkeypatch):
-    """One for each run, in order."""
+    """Return the list of witnesses, one per run in order."""
     seen = []
-    trainer_of = run.quiet_trainer
+    trainer_of = learning.quiet_trainer
 
     def witnessed(callbacks, **options):
         seen.append(Witness())
         return trainer_of([*callbacks, seen[-1]], **options)
 
-    monkeypatch.setattr(run, "quiet_trainer", witnessed)
+    monkeypatch.setattr(learning, "quiet_trainer", witnessed)
     return seen
 
 
 @pytest.mark.parametrize(
     ("stream", "method"), [*((stream, "finetune") for stream in PROTOCOLS), ("permuted_mnist", "blip")]
 )
-def test_every_stream_is_learned_and_scored_as_the_boundary_leaves_it(stream, method, runner, witnesses):
+def test_every_stream_is_scored_with_the_weights_after_the_boundary(stream, method, runner, witnesses):
     (record,) = runner(stream, method, "--seeds", "1").values()
     (witness,) = witnesses
     R = torch.tensor([[np.nan if score is None else score for score in row] for row in record["R"]])
     assert R.tril().isfinite().all()
-    # A head that is not learned yet is not scored.
+    # A head is not scored before its task.
     assert bool(R[0, 1].isnan()) == isinstance(witness.module.head, TaskHeads) == (record["FWT"] is None)
     assert record["ACC"] == pytest.approx(float(average_score(R)), abs=1e-3)
     assert record["BWT"] == pytest.approx(float(backward_transfer(R)), abs=1e-3)
@@ -84,7 +85,7 @@ def test_every_stream_is_learned_and_scored_as_the_boundary_leaves_it(stream, me
     assert witness.validations == 2
 
 
-def test_a_record_says_what_was_run(runner):
+def test_a_record_names_the_run(runner):
     records = runner(
         "permuted_mnist", "blip-paper", "--seeds", "2", "--set", "prior=1e-12", "labels=empirical"
     )
@@ -92,8 +93,8 @@ def test_a_record_says_what_was_run(runner):
     assert set(records) == {f"{stem}-seed0.json", f"{stem}-seed1.json"}
     record = records[f"{stem}-seed1.json"]
     assert record["settings"] == {"prior": 1e-12, "labels": "empirical"}
-    said = {name: record[name] for name in ("stream", "method", "seed", "tasks", "epochs", "torch_version")}
-    assert said == {
+    names = ("stream", "method", "seed", "tasks", "epochs", "torch_version")
+    assert {name: record[name] for name in names} == {
         "stream": "permuted_mnist", "method": "blip-paper", "seed": 1, "tasks": 2, "epochs": 1,
         "torch_version": torch.__version__,
     }  # fmt: skip
@@ -104,7 +105,7 @@ def test_a_record_says_what_was_run(runner):
     assert record["bytes_per_parameter"] == 6.0
 
 
-def test_it_tells_where_it_is_and_the_mean_over_seeds(runner, capsys):
+def test_a_run_prints_where_it_is_and_the_mean_over_seeds(runner, capsys):
     records = runner("permuted_mnist", "ewc", "--seeds", "2", "--set", "strength=30")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
@@ -117,7 +118,7 @@ def test_it_tells_where_it_is_and_the_mean_over_seeds(runner, capsys):
     )
 
 
-def test_a_seed_that_is_recorded_is_not_run_again(runner, witnesses, capsys):
+def test_a_seed_with_a_record_is_not_run_again(runner, witnesses, capsys):
     before = runner("permuted_mnist", "finetune", "--seeds", "1")
     after = runner("permuted_mnist", "finetune", "--seeds", "2")
     assert len(witnesses) == 2  # one for each seed
@@ -125,7 +126,7 @@ def test_a_seed_that_is_recorded_is_not_run_again(runner, witnesses, capsys):
     assert "permuted_mnist-finetune-tasks=2-epochs=1-seed0.json is there already" in capsys.readouterr().out
 
 
-def test_forward_transfer_is_counted_from_the_untrained_network(runner, witnesses):
+def test_forward_transfer_is_measured_from_the_untrained_network(runner, witnesses):
     (record,) = runner("permuted_mnist", "finetune", "--seeds", "1").values()
     protocol = PROTOCOLS["permuted_mnist"]
     (witness,) = witnesses
@@ -138,40 +139,24 @@ def test_forward_transfer_is_counted_from_the_untrained_network(runner, witnesse
     assert record["FWT"] == pytest.approx(record["R"][0][1] - at_first, abs=1e-3)
 
 
-def break_off_and_go_on(stream, data, out, at):
-    """A run's record, what it said until it broke off, the files that it left, and what it said again."""
-    told, again = [], []
-
-    def break_off(where, share):
-        told.append((where, share))
-        if at in where:
-            raise KeyboardInterrupt
-
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        stream.record(data, out, 0, report=break_off)
-    left = [path.suffix for path in out.iterdir()]
-    record = stream.record(data, out, 0, report=lambda where, share: again.append((where, share)))
-    return record, told, left, again
-
-
 @pytest.mark.parametrize("method", ["blip-kronecker", "si"])
-def test_a_run_that_was_broken_off_goes_on_after_the_last_task(method, data, tmp_path):
-    stream = run.Run(replace(PROTOCOLS["permuted_mnist"], tasks=3, epochs=1), method, {})
-    record, told, left, again = break_off_and_go_on(stream, data, tmp_path, "task 3")
+def test_an_interrupted_run_goes_on_after_the_last_task(method, data, tmp_path):
+    stream = learning.Run(replace(PROTOCOLS["permuted_mnist"], tasks=3, epochs=1), method, {})
+    record, before, left, after = interrupt_and_go_on(stream, data, tmp_path, "task 3")
     assert left == [".ckpt"]
-    assert len(told) == 3
-    assert [share for _, share in again] == [1.0]
-    assert "task 3 of 3" in again[0][0]
+    assert len(before) == 3
+    assert [share for _, share in after] == [1.0]
+    assert "task 3 of 3" in after[0][0]
     unbroken = stream.learn(data, 0)
     changes = {"seconds": 0.0}
     assert replace(record, **changes) == replace(unbroken, **changes)
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
-def test_a_run_that_diverges_leaves_word_and_no_record(data, tmp_path):
+def test_a_diverged_run_leaves_a_note_and_no_record(data, tmp_path):
     usual = PROTOCOLS["split_fashion"]
     protocol = replace(usual, tasks=2, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e38))
-    wild = run.Run(protocol, "finetune", {})
+    wild = learning.Run(protocol, "finetune", {})
     with pytest.raises(FloatingPointError):
         wild.record(data, tmp_path, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == [wild.diverged(tmp_path, 0).name]
@@ -185,7 +170,7 @@ def test_joint_training_scores_every_task_at_the_end(runner):
     assert record["bytes_per_parameter"] == 0
 
 
-def test_all_methods_start_alike_on_the_same_samples_in_the_same_order(runner, witnesses):
+def test_all_methods_start_from_the_same_weights_samples_and_order(runner, witnesses):
     for method in run.METHODS.keys() - {"joint", "single"}:
         runner("permuted_mnist", method, "--seeds", "2")
     for seed in (0, 1):
@@ -206,12 +191,12 @@ def test_all_methods_start_alike_on_the_same_samples_in_the_same_order(runner, w
         ("blip", "rule", "rule is not name=value"),
     ],
 )
-def test_a_setting_that_the_method_lacks_is_refused(method, setting, message, runner, capsys):
+def test_a_setting_that_the_method_does_not_take_is_refused(method, setting, message, runner, capsys):
     with pytest.raises(SystemExit):
         runner("permuted_mnist", method, "--set", setting)
     assert message in capsys.readouterr().err
 
 
-def test_a_stream_has_no_more_tasks_than_the_data(data):
+def test_more_tasks_than_the_data_has_are_refused(data):
     with pytest.raises(ValueError, match="tasks=6 is more than the 5 that this stream has"):
         replace(PROTOCOLS["split_mnist"], tasks=6).stream(data, seed=0)

@@ -1,4 +1,4 @@
-"""How the tests of the baselines learn a small stream."""
+"""Small streams that the baselines learn, with a Trainer and by hand."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.nn import functional as F
 from lightning_blip import TaskHeads, TaskSequenceDataModule
 from tests.helpers.networks import QUIET, Net, blobs, pairs
 
-HeadATask = partial(Net, heads=3)
+NetWithHeads = partial(Net, heads=3)
 
 
 def learn(
     *callbacks: pl.Callback,
     folder: Path,
     net: Callable[[], pl.LightningModule] = Net,
-    stream: TaskSequenceDataModule | None = None,
+    stream: pl.LightningDataModule | None = None,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> pl.LightningModule:
-    """The network that has learned three pairs of classes, or another stream."""
+    """Train a network on three pairs of classes, or on another stream, and return it."""
     torch.manual_seed(0)
     module = net()
     trainer = pl.Trainer(**{**QUIET, **options}, callbacks=list(callbacks), default_root_dir=folder)
@@ -35,20 +35,20 @@ def learn(
 
 
 def permuted(**options: Any) -> TaskSequenceDataModule:
-    """Three times the same classes, their inputs permuted."""
+    """Return three tasks with the same classes and permuted inputs."""
     options = {"epochs_per_task": 10, "batch_size": 16, **options}
     return TaskSequenceDataModule.permute_inputs(blobs(), blobs(seed=1), tasks=3, **options)
 
 
 def disturb(module: pl.LightningModule) -> None:
-    """Moves every parameter a little, each by another amount."""
+    """Add a small random displacement to every parameter."""
     with torch.no_grad():
         for theta in module.parameters():
             theta += 0.1 * torch.randn_like(theta)
 
 
 def added_gradients(method: pl.Callback, module: pl.LightningModule) -> dict[str, Tensor]:
-    """What a method adds to gradients of zero, by parameter name."""
+    """Return what a method adds to gradients of zero, by parameter name."""
     for theta in module.parameters():
         theta.grad = torch.zeros_like(theta)
     method.on_before_optimizer_step(None, module, None)
@@ -56,20 +56,20 @@ def added_gradients(method: pl.Callback, module: pl.LightningModule) -> dict[str
 
 
 class ByHand(Protocol):
-    """A method as one would write it down: what it adds to the loss, and what it notes."""
+    """A method written out: what it adds to the loss, and what it keeps."""
 
     def penalty(self, module: pl.LightningModule, x: Tensor) -> Tensor:
-        """Added to the loss of a batch with the inputs x."""
+        """Return what is added to the loss of a batch with the inputs x."""
 
     def end_step(self, module: pl.LightningModule, before: list[Tensor], gradients: list[Tensor]) -> None:
-        """After a step: the parameters before it, and the gradients of the task's loss there."""
+        """Take the parameters before a step, and the gradients of the task's loss there."""
 
     def end_task(self, module: pl.LightningModule, stream: TaskSequenceDataModule) -> None:
-        """After a task."""
+        """Take the network at the end of a task."""
 
 
 def learn_by_hand(method: ByHand, net: Callable[[], pl.LightningModule]) -> pl.LightningModule:
-    """The network that has learned three pairs of classes in a plain loop."""
+    """Train a network on three pairs of classes in a plain loop, and return it."""
     torch.manual_seed(0)
     module, stream = net(), pairs()
     for task in stream.tasks:

@@ -1,4 +1,4 @@
-"""GPM: what is made of old inputs does not change, and the memory is as small as can be."""
+"""GPM: the outputs for old inputs do not change, and the memory is as small as possible."""
 
 from copy import deepcopy
 from functools import partial
@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.baselines import GPM, FineTuning
-from benchmarks.baselines.gpm import grow_basis, layer_inputs
 from lightning_blip import TaskHeads, TaskSequenceDataModule
-from tests.benchmarks.learning import learn
+from lightning_blip.baselines import GPM
+from lightning_blip.baselines.gpm import grow_basis, layer_inputs
+from tests.helpers.fitting import fit
+from tests.helpers.learning import learn
 from tests.helpers.networks import Net, pairs
 
 
 class ConvNet(Net):
-    """Two convolutions, one without a bias, and a head."""
+    """A network of two convolutions, one of them without a bias, and a head."""
 
     def __init__(self, heads):
         super().__init__(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
@@ -41,7 +42,7 @@ def images():
 
 
 class Boundary(pl.Callback):
-    """Keeps the network as it is after the first task, and two of its samples."""
+    """Copies the network after the first task, and two of the task's samples."""
 
     def on_task_end(self, trainer, pl_module, task):
         if task.index == 0:
@@ -49,12 +50,12 @@ class Boundary(pl.Callback):
             self.network = deepcopy(nn.Sequential(pl_module.body, pl_module.head)).eval()
 
 
-@pytest.mark.parametrize("heads", [0, 3], ids=["shared head", "head a task"])
-def test_old_outputs_do_not_change(heads, tmp_path):
+@pytest.mark.parametrize("heads", [0, 3], ids=["shared head", "head per task"])
+def test_the_outputs_for_old_inputs_do_not_change(heads, tmp_path):
     moved = []
-    for method in (GPM(threshold=1.0, first_threshold=1.0, samples=2), FineTuning()):
+    for method in ([GPM(threshold=1.0, first_threshold=1.0, samples=2)], []):
         boundary = Boundary()
-        module = learn(method, boundary, net=partial(ConvNet, heads), stream=images(), folder=tmp_path)
+        module = learn(*method, boundary, net=partial(ConvNet, heads), stream=images(), folder=tmp_path)
         x, y, old, new = boundary.x, boundary.x, boundary.network, nn.Sequential(module.body, module.head)
         new.eval()
         if heads:
@@ -82,7 +83,7 @@ def test_old_outputs_do_not_change(heads, tmp_path):
     ],
     ids=repr,
 )
-def test_inputs_are_what_the_layer_multiplies_with_its_weights(layer):
+def test_inputs_are_what_a_layer_multiplies_by_its_weights(layer):
     x = torch.randn(20, 5) if isinstance(layer, nn.Linear) else torch.randn(20, 2, 6, 7)
     module = nn.Sequential(layer, nn.Dropout(0.5))
     batches = [(part, None) for part in x.split(6)]
@@ -97,7 +98,7 @@ def test_inputs_are_what_the_layer_multiplies_with_its_weights(layer):
     assert torch.is_grad_enabled()
 
 
-def test_gradients_of_linear_maps_are_those_without_what_lies_in_the_memory(tmp_path):
+def test_gradients_of_linear_maps_lose_their_part_in_the_memory(tmp_path):
     gpm = GPM(threshold=0.7, first_threshold=0.7)
     module = learn(gpm, folder=tmp_path, max_epochs=2)
     x, y = torch.randn(3, 16, 8)[:2]
@@ -114,18 +115,18 @@ def test_gradients_of_linear_maps_are_those_without_what_lies_in_the_memory(tmp_
 
 
 def gradients_of(module, x, y):
-    """By name, of a loss that takes two passes."""
+    """Return the gradients of a loss of two forward passes, by name."""
     module.zero_grad()
     (module(x).square().sum() + module(y).square().sum()).backward()
     return {name: theta.grad.clone() for name, theta in module.named_parameters()}
 
 
 def held(M, R):
-    """The share of the squared norm of R that lies in the space of M."""
+    """Return the share of the squared norm of R in the space of M."""
     return float((M.T @ R).square().sum() / R.square().sum())
 
 
-def test_the_basis_grows_only_by_what_is_needed():
+def test_the_basis_grows_by_as_few_directions_as_needed():
     scales = torch.logspace(0, -2, 20, dtype=torch.float64)[:, None]
     M = torch.zeros(20, 0, dtype=torch.float64)
     for _ in range(3):
@@ -135,7 +136,7 @@ def test_the_basis_grows_only_by_what_is_needed():
         torch.testing.assert_close(M.T @ M, torch.eye(M.shape[1], dtype=torch.float64))
         assert held(M, R) >= 0.9
         assert held(M[:, :-1], R) < 0.9
-        # No other basis of one direction less would do, by Eckart and Young.
+        # By Eckart and Young, no basis with one direction less holds as much.
         rest = R - before @ before.T @ R
         leading = torch.linalg.eigh(rest @ rest.T).eigenvectors.flip(1)
         fewer = torch.cat([before, leading[:, : M.shape[1] - before.shape[1] - 1]], 1)
@@ -143,14 +144,14 @@ def test_the_basis_grows_only_by_what_is_needed():
         assert torch.equal(grow_basis(M, R, threshold=0.9), M)
 
 
-def test_all_is_held_by_as_many_directions_as_there_are():
+def test_a_basis_of_all_directions_holds_everything():
     R = torch.randn(9, 4, dtype=torch.float64) @ torch.randn(4, 30, dtype=torch.float64)
     M = grow_basis(torch.zeros(9, 0, dtype=torch.float64), R, threshold=1.0)
     assert M.shape == (9, 4)
     assert torch.equal(grow_basis(M, 3 * R, threshold=1.0), M)
 
 
-def test_the_first_layer_has_a_threshold_of_its_own(tmp_path):
+def test_first_threshold_is_the_threshold_of_the_first_layer_only(tmp_path):
     sizes = []
     for first_threshold in (0.5, 0.999):
         gpm = GPM(threshold=0.9, first_threshold=first_threshold)
@@ -160,6 +161,28 @@ def test_the_first_layer_has_a_threshold_of_its_own(tmp_path):
     assert sizes[0]["head"] == sizes[1]["head"]
 
 
-def test_it_refuses_what_is_no_share():
-    with pytest.raises(ValueError, match="first_threshold=95 must be a share"):
-        GPM(first_threshold=95)
+class Padded(Net):
+    """A network without a layer to project: each shares or freezes a parameter, or cannot be unfolded."""
+
+    def __init__(self):
+        super().__init__(heads=3)
+        tied = nn.Linear(8, 8)
+        frozen = nn.Linear(8, 16)
+        frozen.bias.requires_grad_(False)
+        self.body = nn.Sequential(tied, nn.Linear(8, 8), frozen)
+        self.body[1].weight = tied.weight
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(1, 1, 3, padding="same"),
+            nn.Conv2d(2, 2, 3, groups=2),
+        )
+
+
+def test_a_network_without_a_layer_to_project_is_refused():
+    with pytest.raises(ValueError, match="GPM finds no layer in Padded whose gradient it can project"):
+        fit(GPM(), Padded())
+
+
+def test_an_optimizer_that_scales_each_parameter_brings_a_warning():
+    with pytest.warns(UserWarning, match="GPM projects gradients, and Adam scales the step"):
+        fit(GPM(), Net(optimizer=torch.optim.Adam), max_epochs=1)

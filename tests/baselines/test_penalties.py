@@ -1,4 +1,4 @@
-"""EWC, SI and MAS: the importance that each measures, and its penalty, against slow versions."""
+"""EWC, SI and MAS: importances and penalties agree with slow versions."""
 
 from functools import partial
 
@@ -7,15 +7,15 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from benchmarks.baselines import EWC, MAS, SI
-from benchmarks.baselines.mas import sensitivity
+from lightning_blip.baselines import EWC, MAS, SI
+from lightning_blip.baselines.mas import sensitivity
 from lightning_blip.fisher import diagonal_fisher
-from tests.benchmarks.learning import added_gradients, disturb, learn, learn_by_hand
-from tests.helpers.networks import Net
+from tests.helpers.learning import added_gradients, disturb, learn, learn_by_hand
+from tests.helpers.networks import Net, pairs
 
 
 class Boundaries(pl.Callback):
-    """Notes the Fisher information and the parameters at every boundary."""
+    """Collects the Fisher information and the parameters at every boundary."""
 
     def __init__(self):
         self.fishers, self.parameters = [], []
@@ -27,7 +27,7 @@ class Boundaries(pl.Callback):
         self.parameters.append({name: x.detach().clone() for name, x in pl_module.named_parameters()})
 
 
-def test_the_gradient_of_ewc_is_that_of_the_penalty(tmp_path):
+def test_ewc_adds_the_gradient_of_its_penalty(tmp_path):
     ewc, boundaries = EWC(strength=7.0, samples=30), Boundaries()
     module = learn(ewc, boundaries, folder=tmp_path)
     disturb(module)
@@ -45,7 +45,7 @@ def test_the_gradient_of_ewc_is_that_of_the_penalty(tmp_path):
 
 
 class Slow:
-    """A quadratic penalty on the body, of what ``importance`` gives after each task."""
+    """A quadratic penalty on the body, weighted by the sum of the tasks' importances."""
 
     def __init__(self, strength):
         self.strength = strength
@@ -73,7 +73,7 @@ class Slow:
 
 
 class SlowSI(Slow):
-    """With every step of a task in a list."""
+    """SI from a list of all steps of a task."""
 
     def __init__(self, strength, damping):
         super().__init__(strength)
@@ -95,7 +95,7 @@ class SlowSI(Slow):
 
 
 class SlowMAS(Slow):
-    """With a backward pass for each sample."""
+    """MAS with one backward pass per sample."""
 
     def importance(self, module, stream):
         x = torch.cat([x for x, _ in stream.train_dataloader()])
@@ -115,9 +115,9 @@ def looped_sensitivity(module, parameters, x):
     ],
     ids=["si", "mas"],
 )
-def test_all_is_learned_as_by_hand(method, slow, tmp_path):
+def test_a_stream_is_learned_as_by_hand(method, slow, tmp_path):
     method, by_hand = method(), slow()
-    # With so much weight decay, some parameters go uphill.
+    # Strong weight decay moves some parameters uphill, so that their ω is negative.
     net = partial(Net, heads=3, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.3))
     module = learn(method, net=net, folder=tmp_path)
     expected = learn_by_hand(by_hand, net)
@@ -130,7 +130,7 @@ def test_all_is_learned_as_by_hand(method, slow, tmp_path):
 
 
 class Dropping(nn.Sequential):
-    """Convolutions, with all that evaluation mode changes."""
+    """A convolutional network with batch normalisation and dropout, which evaluation mode changes."""
 
     def __init__(self):
         super().__init__(
@@ -143,17 +143,17 @@ class Dropping(nn.Sequential):
         )
 
 
-def test_sensitivity_is_that_of_single_samples_in_evaluation_mode(monkeypatch):
+def test_sensitivity_is_the_mean_over_single_samples_in_evaluation_mode(monkeypatch):
     module, x = Dropping(), torch.randn(12, 2, 4, 4)
-    module(x)  # running statistics of its own
+    module(x)  # moves the running statistics off their initial values
     parameters = dict(module.named_parameters())
     expected = looped_sensitivity(module.eval(), list(parameters.values()), x[:10])
     module.train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     random = torch.get_rng_state()
-    # Three samples at a time.
+    # Memory for three samples at a time.
     monkeypatch.setattr(
-        "benchmarks.baselines.mas.BUDGET_BYTES", 3 * sum(p.nbytes for p in parameters.values())
+        "lightning_blip.baselines.mas.BUDGET_BYTES", 3 * sum(p.nbytes for p in parameters.values())
     )
     ours = sensitivity(module, parameters, [(part, None) for part in x.split(8)], samples=10)
     for name, theirs in zip(parameters, expected, strict=True):
@@ -162,3 +162,58 @@ def test_sensitivity_is_that_of_single_samples_in_evaluation_mode(monkeypatch):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(part.training for part in module.modules())
     assert all(theta.grad is None for theta in parameters.values())
+
+
+class TwoSteps(Net):
+    """A module that takes two steps per batch by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for part in zip(*(one.chunk(2) for one in batch), strict=True):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(part, batch_idx))
+            self.optimizers().step()
+
+
+def test_si_counts_every_step_of_a_batch(tmp_path):
+    """Two steps per batch of 8 are the same steps as one per batch of 4."""
+    one, two = SI(), SI()
+    learn(one, folder=tmp_path, stream=pairs(batch_size=4))
+    learn(two, folder=tmp_path, stream=pairs(batch_size=8), net=TwoSteps)
+    torch.testing.assert_close(two.state_dict(), one.state_dict())
+
+
+def test_ewc_measures_what_the_module_makes_of_a_batch(tmp_path):
+    """It measures each sample once, and inputs as the module's hooks change them."""
+
+    class Doubled(Net):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x, y = batch
+            return 2 * x, y
+
+    ewc = EWC()
+    fisher = {}
+
+    class Expected(pl.Callback):
+        def on_task_end(self, trainer, pl_module, task):
+            batches = [(2 * x, y) for x, y in trainer.datamodule.train_dataloader()]
+            fisher.update(diagonal_fisher(pl_module, batches))
+
+    unsure = partial(Doubled, optimizer=partial(torch.optim.SGD, lr=1e-3))  # so that drawn labels vary
+    learn(ewc, Expected(), folder=tmp_path, net=unsure, max_epochs=2)
+    torch.testing.assert_close(ewc.state_dict()["importance"], fisher)
+
+
+def test_ewc_reads_the_output_as_its_likelihood_says(tmp_path):
+    ewc, fisher = EWC(samples=30, likelihood="gaussian"), {}
+
+    class Expected(pl.Callback):
+        def on_task_end(self, trainer, pl_module, task):
+            batches = trainer.datamodule.train_dataloader()
+            fisher.update(diagonal_fisher(pl_module, batches, "gaussian", samples=30))
+
+    learn(ewc, Expected(), folder=tmp_path, max_epochs=2)
+    torch.testing.assert_close(ewc.state_dict()["importance"], fisher)
