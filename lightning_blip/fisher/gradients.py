@@ -15,8 +15,8 @@ BUDGET_BYTES = 256 * 2**20
 #: Temporaries of this size fit in the last-level cache of a CPU, and are small enough for the allocator to
 #: reuse their memory.
 CPU_CHUNK_BYTES = 24 * 2**20
-#: To square and add one element takes as long as this number of multiply-adds in a matrix product, measured on
-#: an AVX2 processor.
+#: To square and add one element takes as long as this number of multiply-adds in a matrix product, as
+#: measured on an AVX2 processor.
 MULTIPLY_ADDS_PER_SQUARE = 20
 
 

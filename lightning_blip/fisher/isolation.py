@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextmanager
-def isolated(module: nn.Module, device: torch.device, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+def left_as_before(module: nn.Module, device: torch.device, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
     """Set evaluation mode, full precision and gradients of ``wanted`` only; restore everything at the end.
 
     Modes, buffers, ``requires_grad`` and random number generators are restored, also after an error.

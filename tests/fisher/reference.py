@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_blip.fisher.batches import arguments
+from lightning_blip.fisher.samples import call_arguments
 
 
 def categorical(output: Any, target: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def slow_fisher(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for i in range(len(targets)):
-        args, kwargs = arguments(_part(inputs, slice(i, i + 1)))
+        args, kwargs = call_arguments(_part(inputs, slice(i, i + 1)))
         output = module(*args, **kwargs)
         total = log_prob(output, targets[i : i + 1])
         grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.fisher.fallback import PerSample
+from lightning_blip.fisher.fallback import Fallback
 from tests.fisher.architectures import ARCHITECTURES
 from tests.fisher.layers import LAYERS, UNRULED
 from tests.fisher.networks import NETWORKS, Tokens
@@ -32,13 +32,13 @@ def make(name):
 def fallen_back(monkeypatch):
     """The parameters that were left to the fallback."""
     names = set()
-    choose = PerSample.choose
+    choose = Fallback.choose
 
     def remember(self, sample):
         names.update(self.parameters)
         choose(self, sample)
 
-    monkeypatch.setattr(PerSample, "choose", remember)
+    monkeypatch.setattr(Fallback, "choose", remember)
     return names
 
 
@@ -176,13 +176,13 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_vectorised_where_it_can_be(monkeypatch):
-    looped = PerSample._looped_squares
+    looped = Fallback._looped_squares
 
     def one_at_most(self, batch):
         assert batch.size == 1
         return looped(self, batch)
 
-    monkeypatch.setattr(PerSample, "_looped_squares", one_at_most)
+    monkeypatch.setattr(Fallback, "_looped_squares", one_at_most)
     network, inputs = UNRULED["exponent"]
     diagonal_fisher(network().double(), in_batches(inputs(), torch.randint(3, (7,)), 4))
     network, inputs, targets = make("data dependent")
