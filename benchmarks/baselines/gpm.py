@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from benchmarks.baselines.parameters import tracked
 from lightning_blip import Task
-from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
+from lightning_blip.fisher.samples import read_batches
 from lightning_blip.tasks.boundaries import sequence
 
 Layer = nn.Linear | nn.Conv2d
@@ -149,7 +149,7 @@ def layer_inputs(
             stack.enter_context(watch)
         stack.enter_context(left_as_before(module, device, ()))
         stack.enter_context(torch.no_grad())
-        for batch in read(batches, samples, device):
+        for batch in read_batches(batches, samples, device):
             module(batch.inputs)
     return {name: triangles[name].T for name in layers if name in triangles}
 

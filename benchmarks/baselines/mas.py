@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 from benchmarks.baselines.parameters import tracked
 from benchmarks.baselines.quadratic import QuadraticPenalty
 from lightning_blip import Task
-from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
+from lightning_blip.fisher.samples import read_batches
 from lightning_blip.optim.optimizer import check_strengths
 from lightning_blip.tasks.boundaries import sequence
 
@@ -77,7 +77,7 @@ def sensitivity(
     at_once = max(1, BUDGET_BYTES // sum(value.nbytes for value in values.values()))
     done = 0
     with left_as_before(module, next(iter(values.values())).device, parameters.values()), torch.no_grad():
-        for batch in read(batches, samples, next(iter(values.values())).device):
+        for batch in read_batches(batches, samples, next(iter(values.values())).device):
             done += batch.size
             for x in batch.inputs.split(at_once):
                 for name, gradient in of_samples(values, x).items():
