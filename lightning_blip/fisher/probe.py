@@ -99,24 +99,18 @@ def _agreeing(by_rules: RuleBased, recorder: Recorder, names: Sequence[str], log
     weights = torch.arange(1, len(log_probs) + 1, dtype=log_probs.dtype, device=log_probs.device)
     true, received = _backward(log_probs @ weights, recorder, [by_rules.parameters[name] for name in names])
     expected: dict[str, Tensor] = {}
-    found: dict[str, Tensor | None] = {}
+    found: dict[str, Tensor] = {}
     for name, grad in zip(names, true, strict=True):
         parameter = by_rules.parameters[name].detach()
         direction = _direction(parameter)
         expected[name] = project(torch.zeros_like(parameter) if grad is None else grad, direction)
         parts = _parts(by_rules, recorder, received, name, len(log_probs))
-        if parts is None or (not parts and grad is not None):
-            found[name] = None
-        else:
-            found[name] = (
-                sum_of_uses(parts).projected_sum(direction) if parts else torch.zeros_like(expected[name])
-            )
+        if parts:
+            found[name] = sum_of_uses(parts).projected_sum(direction)
+        elif parts is not None and grad is None:
+            found[name] = torch.zeros_like(expected[name])
     largest = max(float(value.norm()) for value in expected.values())
-    return {
-        name
-        for name, value in expected.items()
-        if (got := found[name]) is not None and agree(got, value, largest)
-    }
+    return {name for name in found if agree(found[name], expected[name], largest)}
 
 
 def _direction(parameter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What may be passed in, and what every mistake is answered with."""
+"""The arguments of ``diagonal_fisher``, and the error that each mistake raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def data(samples=10):
 
 
 @pytest.mark.parametrize("samples", [1, 4, 6, 8, 10, 99])
-def test_samples_caps_exactly(samples):
+def test_samples_limits_the_estimate_to_the_first_samples(samples):
     layer, (inputs, targets), seen = nn.Linear(5, 3).double(), data(), []
     inputs = inputs.double()
     found = diagonal_fisher(
@@ -35,16 +35,16 @@ def test_samples_caps_exactly(samples):
     assert len(seen) == -(-used // 4)
 
 
-def test_no_batch_is_fetched_beyond_the_cap():
+def test_no_batch_is_loaded_after_the_last_sample():
     def endless():
         yield data(4)
         yield data(4)
-        raise AssertionError("fetched a batch too many")
+        raise AssertionError("loaded one batch too many")
 
     diagonal_fisher(nn.Linear(5, 3), endless(), samples=8)
 
 
-def test_inputs_by_position_and_by_name():
+def test_inputs_may_be_positional_or_keyword_arguments():
     module, left, right = TwoInputs().double(), torch.randn(6, 5).double(), torch.randn(6, 4).double()
     targets = torch.randint(3, (6,))
     expected = slow_fisher(module, (left, right), targets)
@@ -57,8 +57,8 @@ def test_inputs_by_position_and_by_name():
         assert_same(diagonal_fisher(module, [(inputs, targets)], labels="empirical"), expected)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_inputs_that_all_samples_share(own):
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_tensor_without_batch_dimension_is_shared_by_all_samples(per_sample):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,9 +70,9 @@ def test_inputs_that_all_samples_share(own):
             return (self.inner(x) * mask).sum(1) * self.scale
 
     module, x = Masked().double(), torch.randn(6, 7, 4).double()
-    mask = torch.rand(7, 1).double() if not own else torch.rand(6, 7, 1).double()
+    mask = torch.rand(6, 7, 1).double() if per_sample else torch.rand(7, 1).double()
     targets = torch.randint(3, (6,))
-    masks = mask if own else mask.expand(6, 7, 1)
+    masks = mask if per_sample else mask.expand(6, 7, 1)
 
     class Filled(nn.Module):
         def __init__(self):
@@ -99,7 +99,7 @@ def test_a_batch_without_samples_is_skipped():
     [
         ({"likelihood": "poisson"}, r"likelihood='poisson' .*'categorical', 'gaussian', 'bernoulli'"),
         ({"likelihood": 3}, "likelihood=3 .*callable"),
-        ({"labels": "true"}, 'labels=\'true\' .*"sampled" or "empirical"'),
+        ({"labels": "true"}, r"labels='true' must be one of \('sampled', 'empirical'\)"),
         ({"samples": 0}, "samples=0 .*at least 1"),
         ({"samples": -3}, "samples=-3"),
         ({"parameters": ["weight", "wieght"]}, "no parameter 'wieght'.*weight, bias"),
@@ -119,7 +119,7 @@ def test_a_batch_without_samples_is_skipped():
         ({"labels": "empirical", "likelihood": lambda out: D.Normal(out[:, :1], 1.0)}, "do not fit"),
     ],
 )
-def test_a_wrong_argument(options, message):
+def test_a_wrong_argument_is_refused(options, message):
     arguments = {"batches": [(torch.randn(2, 5), torch.randint(3, (2,)))], **options}
     with pytest.raises(ValueError, match=message):
         diagonal_fisher(nn.Linear(5, 3), **arguments)
@@ -132,19 +132,19 @@ def test_targets_may_lack_a_dimension_of_length_one():
     assert_same(short, diagonal_fisher(layer, in_batches(inputs, targets, 1), "bernoulli", "empirical"))
 
 
-def test_no_parameter_requires_gradients():
+def test_a_module_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="none to estimate"):
         diagonal_fisher(nn.Linear(5, 3).requires_grad_(False), [data()])
 
 
-def test_a_named_parameter_that_requires_no_gradients():
+def test_a_named_parameter_must_require_gradients():
     layer = nn.Linear(5, 3)
     layer.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="'bias' does not require gradients"):
         diagonal_fisher(layer, [data()], parameters=["bias"])
 
 
-def test_a_parameter_that_is_no_real_number():
+def test_complex_and_integer_parameters_are_refused():
     layer = nn.Linear(5, 3)
     layer.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     layer.count = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
@@ -155,7 +155,7 @@ def test_a_parameter_that_is_no_real_number():
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_log_probability_that_is_not_finite(bad):
+def test_a_log_probability_that_is_not_finite_is_refused(bad):
     batches = [data(4) for _ in range(3)]
     batches[bad][0][3, 0] = torch.inf if bad else torch.nan
     with pytest.raises(FloatingPointError, match=f"batch {bad} is not finite"):
@@ -163,7 +163,7 @@ def test_a_log_probability_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("first", [4, 1])
-def test_samples_that_influence_each_other(first):
+def test_samples_that_influence_each_other_are_refused(first):
     norm = nn.BatchNorm1d(5, track_running_stats=False) if first > 1 else Apply(lambda x: x - x.mean(0))
     module = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3))
     match = r"influence each other \(see 1.weight, 1.bias" if first > 1 else "influence each other"
@@ -171,24 +171,24 @@ def test_samples_that_influence_each_other(first):
         diagonal_fisher(module, [data(first), data(4)])
 
 
-def test_an_output_that_is_not_the_batch():
+def test_an_output_with_another_batch_size_is_refused():
     module = nn.Sequential(nn.Linear(5, 3), Apply(lambda x: x.repeat(2, 1)))
     with pytest.raises(ValueError, match="first dimension of inputs and output must be the batch"):
         diagonal_fisher(module, [data()])
 
 
-def test_an_output_that_is_no_tensor():
+def test_an_output_that_is_not_a_tensor_needs_a_callable_likelihood():
     with pytest.raises(TypeError, match=r"returned tuple, not a tensor .* callable"):
         diagonal_fisher(nn.Sequential(nn.Linear(5, 3), Apply(lambda x: (x, x))), [data()])
 
 
-def test_categorical_needs_classes():
+def test_categorical_needs_a_dimension_of_classes():
     with pytest.raises(ValueError, match="bernoulli"):
         diagonal_fisher(nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), [data()])
 
 
 class Changing(nn.Module):
-    """Uses its layer on all samples, or from three samples on, on their sum."""
+    """Uses other operations for three samples or more, and mixes the samples if ``together``."""
 
     def __init__(self, together):
         super().__init__()
@@ -202,20 +202,20 @@ class Changing(nn.Module):
         return F.linear(x, self.inner.weight) + self.inner.bias
 
 
-def test_a_module_that_works_in_another_way_on_a_later_batch():
+def test_a_later_batch_that_mixes_its_samples_is_refused():
     batches = [(torch.randn(size, 5), None) for size in (2, 4)]
     with pytest.raises(RuntimeError, match=r"for the 4 samples of batch 1 together .* inner.weight"):
         diagonal_fisher(Changing(together=True), batches)
 
 
-def test_a_module_that_does_the_same_in_another_way_on_a_later_batch():
+def test_a_later_batch_with_other_operations_is_refused():
     network = Changing(together=False).double()
     inputs, targets = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
     with pytest.raises(RuntimeError, match="uses its parameters in other ways"):
         diagonal_fisher(network, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])], labels="empirical")
 
 
-def test_batches_of_different_lengths():
+def test_batches_may_have_sequences_of_different_lengths():
     network = FlatInside().double()
     parts = [(torch.randn(4, length, 4, dtype=torch.float64), torch.randint(3, (4,))) for length in (1, 3, 2)]
     expected = [slow_fisher(network, inputs, targets) for inputs, targets in parts]
@@ -223,7 +223,7 @@ def test_batches_of_different_lengths():
     assert_same(diagonal_fisher(network, parts, labels="empirical"), mean)
 
 
-def test_a_module_without_gradients():
+def test_a_module_without_a_backward_pass_is_refused():
     class Never(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -234,7 +234,7 @@ def test_a_module_without_gradients():
         diagonal_fisher(module, [data()])
 
 
-def test_a_parameter_without_gradients_per_sample():
+def test_a_parameter_without_per_sample_gradients_is_refused():
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -243,7 +243,7 @@ def test_a_parameter_without_gradients_per_sample():
         @staticmethod
         def backward(ctx, grad):
             if len(grad) == 1:
-                raise ArithmeticError("not for one")
+                raise ArithmeticError("not for one sample")
             return grad
 
     class Module(nn.Module):
