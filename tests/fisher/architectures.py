@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
 
 
 def _ready(network: nn.Module, inputs: Inputs, targets: Tensor) -> Ready:
-    """Return the network in float64 and evaluation mode, with weights and statistics changed as by training."""
+    """Return the network in float64 and evaluation mode, weights and statistics as if trained."""
     if isinstance(inputs, dict):
         inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     elif inputs.is_floating_point():
@@ -136,8 +136,8 @@ def _resnet18() -> Ready:
 
 def _vit() -> Ready:
     # timm imports torchvision, mostly to read images. It is not installed, because a torchvision built for
-    # another torch breaks torchmetrics. The stand-in is removed afterwards, so that torchmetrics does not find
-    # it.
+    # another torch breaks torchmetrics. The stand-in is removed afterwards, so that torchmetrics does not
+    # find it.
     with pytest.MonkeyPatch.context() as patch:
         for name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
             patch.setitem(sys.modules, f"torchvision{name}", MagicMock())

@@ -71,7 +71,7 @@ class Arithmetic(nn.Module):
 
 
 class Windows(nn.Module):
-    """Folds positions into the batch dimension, inside and outside of it, and indexes a table of positions."""
+    """Folds positions into the batch dimension, inside and outside of it, and indexes a table."""
 
     def __init__(self) -> None:
         super().__init__()

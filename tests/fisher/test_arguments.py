@@ -99,7 +99,11 @@ def test_a_batch_without_samples_is_skipped():
     [
         ({"likelihood": "poisson"}, r"likelihood='poisson' .*'categorical', 'gaussian', 'bernoulli'"),
         ({"likelihood": 3}, "likelihood=3 .*callable"),
+        ({"likelihood": ["categorical"]}, r"likelihood=\['categorical'\] .*callable"),
         ({"labels": "true"}, r"labels='true' must be one of \('sampled', 'empirical'\)"),
+        ({"smoothing": -0.1}, r"smoothing=-0\.1 must be 0 to 1"),
+        ({"smoothing": 1.5}, r"smoothing=1\.5 must be 0 to 1"),
+        ({"smoothing": float("nan")}, "smoothing=nan must be 0 to 1"),
         ({"samples": 0}, "samples=0 .*at least 1"),
         ({"samples": -3}, "samples=-3"),
         ({"parameters": ["weight", "wieght"]}, "no parameter 'wieght'.*weight, bias"),
@@ -123,6 +127,16 @@ def test_a_wrong_argument_is_refused(options, message):
     arguments = {"batches": [(torch.randn(2, 5), torch.randint(3, (2,)))], **options}
     with pytest.raises(ValueError, match=message):
         diagonal_fisher(nn.Linear(5, 3), **arguments)
+
+
+def test_wrong_arguments_are_refused_before_the_first_batch_is_loaded():
+    def never():
+        raise AssertionError("loaded a batch")
+        yield
+
+    for wrong in ({"likelihood": "categoricl"}, {"labels": "true"}, {"smoothing": 2.0}, {"samples": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            diagonal_fisher(nn.Linear(5, 3), never(), **wrong)
 
 
 def test_targets_may_lack_a_dimension_of_length_one():
@@ -213,6 +227,30 @@ def test_a_later_batch_with_other_operations_is_refused():
     inputs, targets = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
     with pytest.raises(RuntimeError, match="uses its parameters in other ways"):
         diagonal_fisher(network, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])], labels="empirical")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 20])
+def test_the_division_into_parts_changes_no_value(parts):
+    layer, (inputs, targets), seen = nn.Linear(5, 3).double(), data(), []
+    batches = in_batches(inputs.double(), targets, 8)
+    assert_same(
+        diagonal_fisher(layer, batches, parts=parts, progress=seen.append), diagonal_fisher(layer, batches)
+    )
+    assert max(seen) == -(-8 // parts)
+    assert sum(seen) == 10
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_estimates_of_all_shards_have_the_mean_of_one_process(likelihood, processes):
+    layer, inputs = nn.Linear(5, 3).double(), torch.randn(12, 5, dtype=torch.float64)
+    whole = diagonal_fisher(layer, in_batches(inputs, inputs, 6), likelihood)
+    shards = []
+    for rank in range(processes):
+        own = inputs[rank::processes]
+        batches = in_batches(own, own, 6 // processes)
+        shards.append(diagonal_fisher(layer, batches, likelihood, shard=(rank, processes)))
+    assert_same({name: sum(shard[name] for shard in shards) / processes for name in whole}, whole)
 
 
 def test_batches_may_have_sequences_of_different_lengths():

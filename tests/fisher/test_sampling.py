@@ -11,6 +11,7 @@ from torch import distributions as D
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
+from lightning_blip.fisher.likelihood import Draws, find_likelihood
 from tests.fisher.networks import NETWORKS, Apply
 from tests.fisher.reference import assert_same, in_batches, slow_fisher
 
@@ -118,6 +119,26 @@ def test_a_class_without_probability_is_never_drawn():
     masked = nn.Sequential(nn.Linear(4, 3), Apply(lambda x: x + torch.tensor([-torch.inf, 0.0, -torch.inf])))
     found = diagonal_fisher(masked, [(torch.randn(500, 4), None)])
     assert all(value.abs().max() == 0 for value in found.values())
+
+
+CERTAIN = torch.full((20_000, 4), -1e4).index_fill(1, torch.tensor(2), 1e4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(
+    ("likelihood", "label", "others"),
+    [
+        ("categorical", 2, 3 / 4),
+        (lambda out: D.Categorical(logits=out), 2, 3 / 4),
+        ("bernoulli", CERTAIN > 0, 1 / 2),
+        (lambda out: D.Bernoulli(logits=out), CERTAIN > 0, 1 / 2),
+        (lambda out: D.Independent(D.Bernoulli(logits=out), 1), CERTAIN > 0, 1 / 2),
+    ],
+)
+def test_smoothing_is_the_share_of_labels_drawn_uniformly(likelihood, label, others, smoothing):
+    found = find_likelihood(likelihood, torch.device("cpu"), smoothing)
+    drawn = found.draw(CERTAIN, None, Draws(torch.Generator().manual_seed(0)))
+    assert (drawn != label).double().mean().item() == pytest.approx(smoothing * others, abs=0.01)
 
 
 def pixels():
