@@ -112,6 +112,6 @@ def naming(parameters: Iterable[str]) -> Iterator[None]:
         yield
     except Exception as error:
         raise RuntimeError(
-            f"No per-sample gradients could be taken of {', '.join(parameters)}: {error!r}. "
-            "Leave them out with parameters=[...]."
+            f"The per-sample gradients of {', '.join(parameters)} cannot be computed: {error!r}. "
+            "Leave these parameters out with parameters=[...]."
         ) from error

@@ -87,7 +87,7 @@ class CategoricalLogits(Likelihood):
         smoothing: The share of labels that are drawn uniformly.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    def __init__(self, smoothing: float) -> None:
         self._smoothing = smoothing
 
     @override
@@ -143,7 +143,7 @@ class BernoulliLogits(Likelihood):
         smoothing: The share of labels that are drawn uniformly.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    def __init__(self, smoothing: float) -> None:
         self._smoothing = smoothing
 
     @override

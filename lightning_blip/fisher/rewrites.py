@@ -84,14 +84,14 @@ def _unrolled(cell: Cell) -> Callable[..., Any]:
         x = input.transpose(0, 1) if batch_first else input
         states = [hx] if isinstance(hx, Tensor) else list(hx)
         directions = 2 if bidirectional else 1
-        per_layer = len(weights) // (num_layers * directions)
+        per_direction = len(weights) // (num_layers * directions)
         last: list[State] = []
         for layer in range(num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
                 state = tuple(part[index] for part in states)
-                parts = list(weights[index * per_layer : (index + 1) * per_layer])
+                parts = list(weights[index * per_direction : (index + 1) * per_direction])
                 steps, state = _run(cell, x, state, parts, has_biases, backwards=direction == 1)
                 outputs.append(steps)
                 last.append(state)
