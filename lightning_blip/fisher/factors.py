@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from lightning_blip.fisher.gradients import Products, SampleGradients
 
 #: Layers whose weight is a matrix: one row per output, one column per input or per value of a patch.
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,62 +69,3 @@ class Factors:
         tiny = torch.finfo(torch.float64).tiny
         root = trace.double().sqrt()
         return Factors(A * (root / A.trace().clamp(min=tiny)), G * (root / G.trace().clamp(min=tiny)))
-
-
-class FactorObserver:
-    """Collects the factors of layers; give it to ``diagonal_fisher`` as one of its ``observers``.
-
-    Args:
-        module: The module that is estimated.
-        layers: The names of each layer's weight and bias, from :func:`matrix_layers`.
-
-    Example:
-        >>> from lightning_blip.fisher import diagonal_fisher
-        >>> network = nn.Linear(2, 3)
-        >>> observer = FactorObserver(network, {"weight": "bias"})
-        >>> fisher = diagonal_fisher(network, [(torch.ones(8, 2), None)], observers=[observer])
-        >>> observer.factors()["weight"].A
-        tensor([[1., 1., 1.],
-                [1., 1., 1.],
-                [1., 1., 1.]])
-
-    Source:
-        Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML
-        2015; for convolutions Grosse and Martens, A Kronecker-factored approximate Fisher matrix for
-        convolution layers, ICML 2016.
-    """
-
-    def __init__(self, module: nn.Module, layers: Mapping[str, str | None]) -> None:
-        parameters = dict(module.named_parameters())
-        self._samples = 0
-        self._seen: set[str] = set()
-        self._sums: dict[str, Factors] = {}
-        for weight, bias in layers.items():
-            theta = parameters[weight].detach()
-            inputs = theta[0].numel() + (bias is not None)
-            empty = theta.new_zeros((), dtype=torch.promote_types(theta.dtype, torch.float32))
-            self._sums[weight] = Factors(
-                empty.new_zeros(inputs, inputs), empty.new_zeros(len(theta), len(theta))
-            )
-
-    def see(self, name: str, gradients: SampleGradients) -> None:
-        """Add the factors of a weight's gradients, if the gradients are products."""
-        if name in self._sums and isinstance(gradients, Products):
-            self._seen.add(name)
-            gradients.add_factors(self._sums[name].A, self._sums[name].G)
-
-    def end_batch(self, size: int) -> None:
-        """Count the samples."""
-        self._samples += size
-
-    def nothing(self, name: str) -> Factors:
-        """Return zero factors, for a layer without gradients."""
-        return Factors(torch.zeros_like(self._sums[name].A), torch.zeros_like(self._sums[name].G))
-
-    def factors(self) -> dict[str, Factors]:
-        """Return the factors by name of the weight, for the layers that have a rule."""
-        return {
-            name: Factors(self._sums[name].A / self._samples, self._sums[name].G / self._samples)
-            for name in self._sums
-            if name in self._seen
-        }
