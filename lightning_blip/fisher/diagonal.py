@@ -155,7 +155,7 @@ class _Estimate:
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over all samples, computed in the memory of the sums."""
         if not self._samples:
-            raise ValueError("batches held no sample: give an iterable that yields (inputs, targets).")
+            raise ValueError("batches held no sample: give an iterable that yields (inputs, targets)")
         return {name: total.div_(self._samples) for name, total in self._sums.items()}
 
     def _probe(self, batch: Batch) -> None:
@@ -171,20 +171,20 @@ def _find_parameters(module: nn.Module, names: Iterable[str] | None) -> dict[str
     for name in names:
         if name not in known:
             raise ValueError(
-                f"parameters: the module has no parameter {name!r}: give some of {', '.join(known)}."
+                f"parameters: the module has no parameter {name!r}: give some of {', '.join(known)}"
             )
         if not known[name].is_floating_point():
             raise ValueError(
-                f"parameters: {name!r} is {known[name].dtype}, not real floating point: leave it out."
+                f"parameters: {name!r} is {known[name].dtype}, not real floating point: leave it out"
             )
         if not known[name].requires_grad:
             raise ValueError(
-                f"parameters: {name!r} does not require gradients: leave it out, or set requires_grad first."
+                f"parameters: {name!r} does not require gradients: leave it out, or set requires_grad first"
             )
         wanted[name] = known[name]
     if not wanted:
         raise ValueError(
-            "parameters: there is none to estimate: give the name of one that requires gradients."
+            "parameters: there is none to estimate: give the name of one that requires gradients"
         )
     return wanted
 
@@ -196,5 +196,5 @@ def _check_covers(by_rules: RuleBased, recorder: Recorder, batch: Batch) -> None
             f"The module uses its parameters in other ways for the {batch.size} samples of batch "
             f"{batch.index} together than for two of them: make its operations independent of the number of "
             "samples, or leave out with parameters=[...] the parameters that are used in other ways, among "
-            f"{', '.join(by_rules.parameters)}."
+            f"{', '.join(by_rules.parameters)}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_blip.fisher.accuracy import agree
+from lightning_blip.fisher.rounding import agree
 from lightning_blip.fisher.gradients import BUDGET_BYTES, at_least_single
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.recorder import backward
@@ -112,6 +112,6 @@ def naming(parameters: Iterable[str]) -> Iterator[None]:
         yield
     except Exception as error:
         raise RuntimeError(
-            f"The per-sample gradients of {', '.join(parameters)} cannot be computed: {error!r}. "
-            "Leave these parameters out with parameters=[...]."
+            f"The per-sample gradients of {', '.join(parameters)} cannot be computed: {error!r}; "
+            "leave these parameters out with parameters=[...]"
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_blip.fisher.accuracy import ROUNDING
+from lightning_blip.fisher.rounding import ROUNDING
 
 
 @dataclass(frozen=True)

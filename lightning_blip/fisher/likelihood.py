@@ -66,7 +66,7 @@ class Likelihood(ABC):
 
         Args:
             output: The module's output.
-            targets: They tell the shape of the labels, and which positions are left out.
+            targets: The targets, for the shape of the labels and the positions that are left out.
             draws: The random numbers.
         """
 
@@ -75,7 +75,7 @@ class Likelihood(ABC):
         if not isinstance(targets, Tensor):
             raise ValueError(
                 f'labels="empirical" needs a tensor of targets in each batch, not {type(targets).__name__}: '
-                'yield (inputs, targets), or ask for labels="sampled".'
+                'yield (inputs, targets), or ask for labels="sampled"'
             )
         return targets
 
@@ -113,7 +113,7 @@ class CategoricalLogits(Likelihood):
         if labels.shape != expected or labels.is_floating_point():
             raise ValueError(
                 f"targets must be class indices of shape {tuple(expected)} for an output of shape "
-                f"{tuple(logits.shape)}, not {labels.dtype} of shape {tuple(labels.shape)}."
+                f"{tuple(logits.shape)}, not {labels.dtype} of shape {tuple(labels.shape)}"
             )
         return labels.long()
 
@@ -184,7 +184,7 @@ class FromDistribution(Likelihood):
         if log_prob.shape != distribution.batch_shape:
             raise ValueError(
                 f"targets of shape {tuple(labels.shape)} do not fit likelihood's distribution, "
-                f"whose samples have shape {tuple(distribution.batch_shape + distribution.event_shape)}."
+                f"whose samples have shape {tuple(distribution.batch_shape + distribution.event_shape)}"
             )
         return log_prob
 
@@ -241,7 +241,7 @@ def _tensor(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The module returned {type(output).__name__}, not a tensor or an object with .logits: "
-            "give a callable as likelihood that makes a torch.distributions.Distribution of it."
+            "give a callable as likelihood that makes a torch.distributions.Distribution of it"
         )
     return output
 
@@ -252,7 +252,7 @@ def _logits(output: Any) -> Tensor:
     if logits.ndim < 2:
         raise ValueError(
             'likelihood="categorical" needs an output of shape (batch, classes, ...), not '
-            f'{tuple(logits.shape)}: give likelihood="bernoulli" for one logit per sample.'
+            f'{tuple(logits.shape)}: give likelihood="bernoulli" for one logit per sample'
         )
     return logits
 
@@ -274,7 +274,7 @@ def _like_output(targets: Tensor, output: Tensor) -> Tensor:
     if targets.shape[:1] + targets.squeeze().shape != output.shape[:1] + output.squeeze().shape:
         raise ValueError(
             f"targets of shape {tuple(targets.shape)} do not fit the module's output "
-            f"of shape {tuple(output.shape)}: give one target for each output."
+            f"of shape {tuple(output.shape)}: give one target for each output"
         )
     return targets.reshape(output.shape).to(output.dtype)
 

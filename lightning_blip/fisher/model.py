@@ -46,7 +46,7 @@ class Model:
         if not log_prob.isfinite().all():
             raise FloatingPointError(
                 f"A log-probability in batch {batch.index} is not finite: look for NaN or infinite values in "
-                "its inputs, its targets and the module's parameters."
+                "its inputs, its targets and the module's parameters"
             )
         return labelled, log_prob
 
@@ -67,6 +67,6 @@ class Model:
         if log_prob.shape[:1] != (batch.size,):
             raise ValueError(
                 f"The module's output for {batch.size} samples gives log-probabilities of shape "
-                f"{tuple(log_prob.shape)}: the first dimension of inputs and output must be the batch."
+                f"{tuple(log_prob.shape)}: the first dimension of inputs and output must be the batch"
             )
         return log_prob.flatten(1).sum(1) if log_prob.ndim > 1 else log_prob

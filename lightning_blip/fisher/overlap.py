@@ -1,4 +1,4 @@
-"""The norm of the whole Fisher information matrix, which tells how far it is from diagonal."""
+"""The norm of the whole Fisher information matrix, which shows how far it is from diagonal."""
 
 from __future__ import annotations
 

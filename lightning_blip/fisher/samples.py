@@ -99,10 +99,10 @@ def _to_batch(pair: Any, index: int, device: torch.device) -> Batch:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(
             f"batches must yield pairs (inputs, targets), not {type(pair).__name__}: "
-            "give (inputs, None) where there are no targets."
+            "give (inputs, None) where there are no targets"
         )
     inputs, labels = map_tensors(lambda tensor: tensor.detach().to(device), pair)
     batched = [tensor for tensor in tensors_in(inputs) if tensor.ndim > 0]
     if not batched:
-        raise ValueError("batches must yield inputs with at least one tensor of shape (batch, ...).")
+        raise ValueError("batches must yield inputs with at least one tensor of shape (batch, ...)")
     return Batch(inputs, labels, batched[0].shape[0], index)

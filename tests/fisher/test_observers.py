@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.fisher.factors import FactorObserver, Factors, matrix_layers
+from lightning_blip.fisher.factors import Factors, matrix_layers
 from lightning_blip.fisher.gradients import BUDGET_BYTES, Products
 from lightning_blip.fisher.overlap import OverlapObserver
 from tests.fisher.layers import LAYERS
@@ -98,23 +98,41 @@ def test_no_further_pairs_are_measured_once_there_are_enough(monkeypatch):
     assert observer.squared_norm() == pytest.approx(expected.item())
 
 
-def observe_factors(network, batches):
-    observer = FactorObserver(network, matrix_layers(network, dict(network.named_parameters())))
+class FactorSums:
+    """Adds up the Kronecker factors of all weights that are used in linear maps, with or without a bias."""
+
+    def __init__(self, bias):
+        self.bias, self.sums = bias, {}
+
+    def see(self, name, gradients):
+        if isinstance(gradients, Products):
+            inputs, outputs = gradients.n + self.bias, gradients.m
+            zeros = gradients.left.new_zeros
+            factors = self.sums.setdefault(name, (zeros(inputs, inputs), zeros(outputs, outputs)))
+            gradients.add_factors(*factors)
+
+    def end_batch(self, size):
+        pass
+
+
+def sums_of_factors(network, batches, bias):
+    observer = FactorSums(bias)
     diagonal_fisher(network, batches, labels="empirical", observers=[observer])
-    return observer
+    return observer.sums
 
 
-def test_factors_of_a_linear_map_are_means_of_its_inputs_and_output_gradients():
+def test_factors_of_a_linear_map_are_sums_over_its_inputs_and_output_gradients():
     network, inputs, targets = make("mlp")
-    found = observe_factors(network, in_batches(inputs, targets, 4)).factors()
+    found = sums_of_factors(network, in_batches(inputs, targets, 4), bias=True)
     hidden = network[:2](*inputs)
     for weight, x, later in (("0.weight", inputs[0], network[1:]), ("2.weight", hidden, network[3:])):
         x = x.detach()
         output = network[int(weight[0])](x).detach().requires_grad_()
         (g,) = torch.autograd.grad(log_prob(later, [output], targets), output)
         a = torch.cat([x, torch.ones(SAMPLES, 1)], 1)
-        torch.testing.assert_close(found[weight].A, a.T @ a / SAMPLES)
-        torch.testing.assert_close(found[weight].G, g.T @ g / SAMPLES)
+        A, G = found[weight]
+        torch.testing.assert_close(A, a.T @ a)
+        torch.testing.assert_close(G, g.T @ g)
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9])
@@ -124,13 +142,13 @@ def test_factors_of_a_convolution_are_sums_over_patches(monkeypatch, chunk):
     later = nn.Sequential(nn.Tanh(), Apply(lambda x: x.flatten(2).mean(2)))
     images, targets = torch.randn(SAMPLES, 2, 6, 5).double(), torch.randint(3, (SAMPLES,))
     network = nn.Sequential(conv, later)
-    found = observe_factors(network, in_batches(images, targets, 4)).factors()["0.weight"]
+    A, G = sums_of_factors(network, in_batches(images, targets, 4), bias=False)["0.weight"]
     a = F.unfold(images, (3, 2)).transpose(1, 2).flatten(0, 1)
     output = conv(images).detach().requires_grad_()
     (g,) = torch.autograd.grad(log_prob(later, [output], targets), output)
     g = g.flatten(2).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(found.A, a.T @ a / SAMPLES)
-    torch.testing.assert_close(found.G, g.T @ g / SAMPLES)
+    torch.testing.assert_close(A, a.T @ a)
+    torch.testing.assert_close(G, g.T @ g)
 
 
 class WithoutRule(nn.Module):
@@ -145,15 +163,25 @@ class WithoutRule(nn.Module):
         return self.without(x) + torch.einsum("bi,oi->bo", x, self.without.weight)
 
 
-def test_only_layers_with_a_rule_have_factors():
-    batch = (torch.randn(6, 5).double(), torch.randint(3, (6,)))
-    observer = observe_factors(WithoutRule().double(), [batch])
-    assert observer.factors().keys() == {"with_rule.weight"}
-    nothing = observer.nothing("without.weight")
-    assert nothing.A.shape == (5, 5)
-    assert nothing.G.shape == (3, 3)
-    assert not nothing.A.any()
-    assert not nothing.G.any()
+class Names:
+    """Keeps the names and the sizes that an observer receives, in their order."""
+
+    def __init__(self):
+        self.names, self.sizes = [], []
+
+    def see(self, name, gradients):
+        self.names.append(name)
+
+    def end_batch(self, size):
+        self.sizes.append(size)
+
+
+def test_observers_receive_each_parameter_with_a_rule_once_per_batch():
+    network, observer = WithoutRule().double(), Names()
+    batches = in_batches(torch.randn(6, 5).double(), torch.randint(3, (6,)), 4)
+    diagonal_fisher(network, batches, labels="empirical", observers=[observer])
+    assert sorted(observer.names) == sorted(["with_rule.weight", "with_rule.bias", "without.bias"] * 2)
+    assert observer.sizes == [4, 2]
 
 
 def test_layers_that_share_a_parameter_or_have_groups_are_no_matrix_layers():

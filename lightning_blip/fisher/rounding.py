@@ -1,4 +1,4 @@
-"""Whether two ways to compute the same gradients agree, up to rounding errors."""
+"""Compare gradients from two computations, up to rounding errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROUNDING = 1e-6
 
 
 def tolerance(tensor: Tensor) -> float:
-    """Return the error that is allowed between two ways to the same result, relative to its norm."""
+    """Return the allowed error of ``tensor``, relative to its norm."""
     return 1e-2 if tensor.is_cuda else 1e-3  # TF32 arithmetic on GPUs has 10 bits of mantissa
 
 
