@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_blip.fisher.rounding import agree
 from lightning_blip.fisher.gradients import BUDGET_BYTES, at_least_single
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.recorder import backward
+from lightning_blip.fisher.rounding import agree
 from lightning_blip.fisher.samples import Batch, map_tensors, tensors_in
 
 

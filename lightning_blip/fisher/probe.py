@@ -9,13 +9,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_blip.fisher.rounding import agree, tolerance
 from lightning_blip.fisher.fallback import Fallback, naming
 from lightning_blip.fisher.gradients import BUDGET_BYTES, SampleGradients, project, sum_of_uses
 from lightning_blip.fisher.layout import Layout, find_layouts
 from lightning_blip.fisher.likelihood import Draws
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.recorder import Call, Key, Recorder, backward
+from lightning_blip.fisher.rounding import agree, tolerance
 from lightning_blip.fisher.rule_based import RuleBased
 from lightning_blip.fisher.samples import Batch
 
@@ -156,7 +156,7 @@ def _influence(module: nn.Module, symptom: str) -> str:
     ]
     culprits = f" (see {', '.join(norms)}: a norm over the batch)" if norms else ""
     return (
-        f"The samples of a batch influence each other{culprits}: a sample {symptom}, so that "
-        "per-sample gradients do not exist. Make the module treat each sample separately in evaluation mode, for example "
+        f"The samples of a batch influence each other{culprits}: a sample {symptom}, so that there are no "
+        "per-sample gradients. Make the module treat each sample separately in evaluation mode, for example "
         "with track_running_stats=True."
     )
