@@ -9,13 +9,11 @@ from torch.distributions import Distribution
 
 from lightning_blip.fisher.likelihood import LIKELIHOODS
 
-_LABELS = ("sampled", "empirical")
-
 
 def check_labels(labels: str) -> None:
     """Raise a ValueError unless ``labels`` is "sampled" or "empirical"."""
-    if labels not in _LABELS:
-        raise ValueError(f"labels={labels!r} must be one of {_LABELS}")
+    if labels not in ("sampled", "empirical"):
+        raise ValueError(f'labels={labels!r} is not known: give "sampled" or "empirical"')
 
 
 def check_smoothing(smoothing: float) -> None:

@@ -23,10 +23,10 @@ from lightning_blip.fisher.samples import Batch
 def probe(model: Model, wanted: Mapping[str, nn.Parameter], batch: Batch) -> tuple[RuleBased, Fallback]:
     """Divide the ``wanted`` parameters between the rules and the fallback.
 
-    A rule sees one operation, and separates samples by their place in a tensor: the places that the gradient
-    of one sample does not reach belong to others. It is wrong where a parameter is also used in a way that is
-    not recorded, or where samples have no places of their own. So the gradients by rule, summed over two
-    samples, are compared with those of autograd.
+    A rule covers one operation. It separates samples by their places in a tensor: the places where the
+    gradient of one sample is zero belong to the others. It is wrong where a parameter is also used in a way
+    that is not recorded, or where samples share places. So the gradients by rule, summed over two samples,
+    are compared with those of autograd.
 
     Args:
         model: The module, in evaluation mode, and its likelihood.
