@@ -208,7 +208,9 @@ class FromDistribution(Likelihood):
         level = draws.uniform(distribution.batch_shape + distribution.event_shape, self._device)
         try:
             dtype = distribution.mean.dtype
-            return distribution.icdf(level.to(dtype).clamp_max_(1 - torch.finfo(dtype).eps))
+            eps = torch.finfo(dtype).eps
+            # Outside these limits 2·level − 1 is rounded to ±1, whose quantile is infinite.
+            return distribution.icdf(level.to(dtype).clamp_(eps / 4, 1 - eps))
         except NotImplementedError:
             draws.generator.set_state(state)
         seed = int(torch.randint(2**62, (), generator=draws.generator)) + draws.rank

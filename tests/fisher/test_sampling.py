@@ -13,7 +13,7 @@ from torch import nn
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.likelihood import Draws, find_likelihood
 from tests.fisher.networks import NETWORKS, Apply
-from tests.fisher.reference import assert_same, in_batches, slow_fisher
+from tests.fisher.reference import assert_same, bernoulli, in_batches, slow_fisher
 
 SAMPLES = 130
 
@@ -64,13 +64,23 @@ def test_the_division_into_batches_changes_no_value_of_convolutions():
     assert_same(seven, many)
 
 
-def test_the_generator_determines_the_labels():
+def poisson(output):
+    return D.Poisson(output.exp())  # has no quantile function
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", poisson])
+def test_the_generator_determines_the_labels(likelihood):
     network, batch = nn.Linear(5, 3), (torch.randn(SAMPLES, 5), None)
-    first, again = diagonal_fisher(network, [batch]), diagonal_fisher(network, [batch])
-    seeded = [diagonal_fisher(network, [batch], generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
-    assert torch.equal(first["weight"], again["weight"])
-    assert torch.equal(first["weight"], seeded[0]["weight"])
-    assert not torch.equal(first["weight"], seeded[1]["weight"])
+
+    def estimate(generator=None):
+        torch.rand(1)  # moves the global generator, which must not matter
+        return diagonal_fisher(network, [batch], likelihood, generator=generator)["weight"]
+
+    first, again = estimate(), estimate()
+    seeded = [estimate(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    assert torch.equal(first, again)
+    assert torch.equal(first, seeded[0])
+    assert not torch.equal(first, seeded[1])
 
 
 def test_each_label_takes_one_random_number():
@@ -139,6 +149,51 @@ def test_smoothing_is_the_share_of_labels_drawn_uniformly(likelihood, label, oth
     found = find_likelihood(likelihood, torch.device("cpu"), smoothing)
     drawn = found.draw(CERTAIN, None, Draws(torch.Generator().manual_seed(0)))
     assert (drawn != label).double().mean().item() == pytest.approx(smoothing * others, abs=0.01)
+
+
+def drawn_by(likelihood, output, draws):
+    return find_likelihood(likelihood, torch.device("cpu"), 0.0).draw(output, None, draws)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_distribution_without_quantiles_takes_one_random_number_per_batch(batches):
+    generator, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for _ in range(batches):
+        drawn_by(poisson, torch.zeros(10, 4), Draws(generator))
+        torch.randint(2**62, (), generator=plain)
+    assert torch.equal(generator.get_state(), plain.get_state())
+
+
+def test_processes_draw_different_labels_from_a_distribution_without_quantiles():
+    output = torch.zeros(10, 4)
+    first, second = (
+        drawn_by(poisson, output, Draws(torch.Generator().manual_seed(3), rank, 2)) for rank in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_most_extreme_random_numbers_give_finite_labels_of_the_range(monkeypatch, name, dtype, extreme):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, extreme, dtype=torch.float64))
+    output = torch.randn(200, 3, dtype=dtype)
+    labels = drawn_by(LIKELIHOODS[name], output, Draws(torch.Generator()))
+    assert labels.isfinite().all()
+    if name in ("categorical", "classes"):
+        assert labels.unique().tolist() == [2 if extreme else 0]
+    else:
+        assert labels.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_targets_may_have_any_integer_type(dtype):
+    layer, inputs, targets = nn.Linear(5, 3).double(), torch.randn(9, 5).double(), torch.randint(3, (9,))
+    found = diagonal_fisher(layer, [(inputs, targets.to(dtype))], labels="empirical")
+    assert_same(found, slow_fisher(layer, (inputs,), targets))
+    yes = torch.randint(2, (9, 3))
+    found = diagonal_fisher(layer, [(inputs, yes.to(dtype))], "bernoulli", labels="empirical")
+    assert_same(found, slow_fisher(layer, (inputs,), yes.double(), bernoulli))
 
 
 def pixels():
