@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from lightning_blip.baselines.base import Baseline, check_full_precision, check_samples, task_batches
 from lightning_blip.baselines.parameters import tracked
-from lightning_blip.fisher.batches import arguments, read
 from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
+from lightning_blip.fisher.samples import call_arguments, read_batches
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
 
@@ -205,8 +205,8 @@ def layer_inputs(
             stack.enter_context(hook)
         stack.enter_context(left_as_before(module, device, ()))
         stack.enter_context(torch.no_grad())
-        for batch in read(batches, samples, device):
-            args, kwargs = arguments(batch.inputs)
+        for batch in read_batches(batches, samples, device):
+            args, kwargs = call_arguments(batch.inputs)
             module(*args, **kwargs)
     return {name: triangles[name].T for name in layers if name in triangles}
 

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 from lightning_blip.baselines.base import check_samples, task_batches
 from lightning_blip.baselines.parameters import tracked
 from lightning_blip.baselines.quadratic import QuadraticPenalty
-from lightning_blip.fisher.batches import read
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
+from lightning_blip.fisher.samples import read_batches
 from lightning_blip.optim.optimizer import check_strengths
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
@@ -110,7 +110,7 @@ def sensitivity(
     at_once = max(1, BUDGET_BYTES // sum(value.nbytes for value in values.values()))
     done = 0
     with left_as_before(module, device, parameters.values()), torch.no_grad():
-        for batch in read(batches, samples, device):
+        for batch in read_batches(batches, samples, device):
             done += batch.size
             for x in _tensor(batch.inputs, "the input").split(at_once):
                 for name, gradient in per_sample(values, x).items():

@@ -1,4 +1,4 @@
-"""Per-sample gradients of any parameter: vectorised over samples, or else one sample at a time."""
+"""Squared per-sample gradients of any parameter: vectorised over samples, or one sample at a time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_blip.fisher.batches import Batch, map_tensors, tensors_of
 from lightning_blip.fisher.gradients import BUDGET_BYTES, at_least_single
 from lightning_blip.fisher.model import Model
 from lightning_blip.fisher.recorder import backward
-
-ROUNDING = 1e-6  # of the largest gradient's norm
+from lightning_blip.fisher.rounding import agree
+from lightning_blip.fisher.samples import Batch, map_tensors, tensors_in
 
 
 @dataclass
-class PerSample:
-    """Squared per-sample gradients of ``parameters``; ``vectorised`` until this turns out not to work.
+class Fallback:
+    """Squared gradients of the parameters without a rule.
 
-    ``sample_bytes`` is what the graph of one sample's forward pass keeps.
+    Attributes:
+        model: The module and its likelihood.
+        parameters: The parameters without a rule, by name.
+        vectorised: Whether ``torch.func`` is used; it is set to False where this does not work.
+        sample_bytes: The memory that the graph of one sample's forward pass keeps.
     """
 
     model: Model
@@ -32,7 +35,7 @@ class PerSample:
     sample_bytes: int = 0
 
     def choose(self, sample: Batch) -> None:
-        """Stays vectorised only if this gives the gradients of one ``sample`` that autograd gives."""
+        """Turn vectorisation off unless it gives the same gradients of one ``sample`` as autograd."""
         if not self.parameters:
             return
         found = self.squares(sample)
@@ -41,12 +44,11 @@ class PerSample:
         self.sample_bytes = sum(kept)
         largest = max(float(square.sqrt().norm()) for square in true.values())
         for name, square in true.items():
-            error = (found[name].sqrt() - square.sqrt()).norm()
-            if not error <= tolerance(square) * square.sqrt().norm() + ROUNDING * largest:
+            if not agree(found[name].sqrt(), square.sqrt(), largest):
                 self.vectorised = False
 
     def add_squares(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
-        """Adds the squared gradients of the samples of ``batch`` to ``sums``, by parameter name."""
+        """Add the squared gradients of the samples of ``batch`` to ``sums``, by parameter name."""
         if not self.parameters:
             return
         gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
@@ -56,28 +58,27 @@ class PerSample:
                 sums[name] += square
 
     def squares(self, batch: Batch) -> dict[str, Tensor]:
-        """The sum of squares over the few samples of ``batch``."""
+        """Return the sums of squares over the samples of ``batch``, all of them at once where possible."""
         if self.vectorised:
             try:
                 return self._vectorised_squares(batch)
-            except Exception:  # whatever a module does that cannot be vectorised, one sample alone may do
+            except Exception:  # any error: the module may still work on one sample
                 self.vectorised = False
         return self._looped_squares(batch)
 
     def _vectorised_squares(self, batch: Batch) -> dict[str, Tensor]:
-        tensors = tensors_of((batch.inputs, batch.labels))
-        of_sample = [batch.is_per_sample(tensor) for tensor in tensors]
+        tensors = tensors_in((batch.inputs, batch.labels))
+        per_sample = [batch.is_per_sample(tensor) for tensor in tensors]
 
         def log_prob(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
-            single = (value[None] if own else value for value, own in zip(values, of_sample, strict=True))
+            single = (value[None] if own else value for value, own in zip(values, per_sample, strict=True))
             inputs, labels = map_tensors(lambda _: next(single), (batch.inputs, batch.labels))
             return self.model.log_prob(Batch(inputs, labels, 1, batch.index), parameters).squeeze(0)
 
-        of_samples = vmap(grad(log_prob), in_dims=(None, [0 if own else None for own in of_sample]))
-        # torch.func differentiates by itself, so that no second graph need be recorded around it; and of the
-        # kernels for attention only the plain one is vectorised over.
+        gradients = vmap(grad(log_prob), in_dims=(None, [0 if own else None for own in per_sample]))
+        # torch.func needs no graph of autograd around it. vmap supports only the MATH kernel of attention.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            grads = of_samples({name: p.detach() for name, p in self.parameters.items()}, tensors)
+            grads = gradients({name: p.detach() for name, p in self.parameters.items()}, tensors)
             return {name: at_least_single(g).square().sum(0) for name, g in grads.items()}
 
     def _looped_squares(self, batch: Batch) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class PerSample:
 
 @contextmanager
 def _counting_kept_bytes() -> Iterator[list[int]]:
-    """Collects the sizes of all tensors that graphs recorded in here keep for their backward pass."""
+    """Collect the sizes of all tensors that graphs recorded in this context keep for the backward pass."""
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -104,18 +105,13 @@ def _counting_kept_bytes() -> Iterator[list[int]]:
         yield sizes
 
 
-def tolerance(tensor: Tensor) -> float:
-    """How far two ways to the same result may lie apart, relative to its norm."""
-    return 1e-2 if tensor.is_cuda else 1e-3  # the TF32 arithmetic of GPUs keeps ten bits
-
-
 @contextmanager
 def naming(parameters: Iterable[str]) -> Iterator[None]:
-    """Says of an error in here for which ``parameters`` gradients were wanted."""
+    """Name the ``parameters`` in an error that occurs while their gradients are computed."""
     try:
         yield
     except Exception as error:
         raise RuntimeError(
-            f"No per-sample gradients could be taken of {', '.join(parameters)}: {error!r}. "
-            "Leave them out with parameters=[...]."
+            f"The per-sample gradients of {', '.join(parameters)} cannot be computed: {error!r}; "
+            "leave these parameters out with parameters=[...]"
         ) from error

@@ -1,4 +1,4 @@
-"""Running a module in evaluation mode and leaving it, and the random numbers, as they were."""
+"""Run a module in evaluation mode, and restore it and the random number generators afterwards."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from torch import nn
 
 @contextmanager
 def left_as_before(module: nn.Module, device: torch.device, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, full precision, gradients of ``wanted`` parameters alone; then all is as before."""
+    """Set evaluation mode, full precision and gradients of ``wanted`` only; restore everything at the end.
+
+    Modes, buffers, ``requires_grad`` and random number generators are restored, also after an error.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if "torch._dynamo" in sys.modules:
-            # Compiled code runs many operations as one: none could be watched.
+            # Compiled code fuses operations, so that they cannot be recorded one by one.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(part, nn.RNNBase) for part in module.modules()):
             # cuDNN has no backward pass for recurrent layers in evaluation mode.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        # Kept from here on, so that copies made under an outer inference mode are ordinary tensors.
+        # Cloned here, outside an inference mode of the caller, so that the copies are ordinary tensors.
         modes = [(part, part.training) for part in module.modules()]
         buffers = [
             (part, name, buffer, buffer.clone())

@@ -1,4 +1,4 @@
-"""Where the samples of a batch are in a tensor, and how to tell."""
+"""Where the samples of a batch are in a tensor, and how to find out."""
 
 from __future__ import annotations
 
@@ -7,46 +7,52 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ROUNDING = 1e-6  # of the largest gradient
+from lightning_blip.fisher.rounding import ROUNDING
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples are the outer, or else the inner part of dimension ``dim``.
+    """The position of the samples: the outer or the inner part of one dimension.
 
-    Most layers have the batch first. Where sequences come first it is second; where positions are treated as
-    samples of their own, or windows of an image, each sample has several places along the dimension.
+    In most layers dimension 0 is the batch. Where sequences come first, it is dimension 1. Where positions or
+    windows of an image are treated as samples, each sample has several places along the dimension.
+
+    Attributes:
+        dim: The dimension that holds the samples.
+        outer: Whether the samples are the outer part of the dimension, so that the places of one sample are
+            neighbours; otherwise they are the inner part.
     """
 
     dim: int
     outer: bool = True
 
     def fits(self, shape: Sequence[int], count: int) -> bool:
-        """Whether a tensor of this shape may hold ``count`` samples so."""
+        """Return whether a tensor of this shape can hold ``count`` samples in this layout."""
         return self.dim < len(shape) and shape[self.dim] % count == 0
 
-    def first(self, tensor: Tensor, count: int) -> Tensor:
-        """``tensor`` with its ``count`` samples in a dimension of their own, before all others."""
-        each = tensor.shape[self.dim] // count
-        sizes = (count, each) if self.outer else (each, count)
+    def samples_first(self, tensor: Tensor, count: int) -> Tensor:
+        """Return ``tensor`` with its ``count`` samples in a new dimension 0."""
+        places = tensor.shape[self.dim] // count
+        sizes = (count, places) if self.outer else (places, count)
         divided: Tensor = tensor.unflatten(self.dim, sizes)
         return divided.movedim(self.dim if self.outer else self.dim + 1, 0)
 
 
-#: For a sample that is alone: all of a tensor is its own.
-ALONE = Layout(0)
+#: The layout of a single sample: the whole tensor belongs to it.
+SINGLE_SAMPLE = Layout(0)
 
 
-def layouts_of(grad: Tensor, count: int) -> Iterator[Layout]:
-    """The layouts in which the first of ``count`` samples has no gradient at the places of others.
+def find_layouts(grad: Tensor, count: int) -> Iterator[Layout]:
+    """Yield the layouts in which the first sample has no gradient in the places of the others.
 
     Args:
         grad: The gradient of the first sample's log-probability.
-        count: How many samples the tensor holds.
+        count: The number of samples that the tensor holds.
     """
     for dim in range(grad.ndim):
         for layout in (Layout(dim), Layout(dim, outer=False)):
             if layout.fits(grad.shape, count):
-                first, *others = layout.first(grad, count).flatten(1).abs().amax(1).tolist()
+                by_sample = layout.samples_first(grad, count).flatten(1).abs().amax(1)
+                first, *others = by_sample.tolist()
                 if all(other <= ROUNDING * first for other in others):
                     yield layout

@@ -1,4 +1,4 @@
-"""How far the Fisher information is from diagonal, and from all directions alike."""
+"""The norm of the whole Fisher information matrix, which shows how far it is from diagonal."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from torch import Tensor
 
 from lightning_blip.fisher.gradients import BUDGET_BYTES, SampleGradients
 
-# So many pairs of samples tell the norm to about a tenth.
+# This number of pairs of samples gives the norm to about 10 %.
 _PAIRS = 200_000
-_MOST_NEIGHBOURS = 64
+_LARGEST_BLOCK = 64
 
 
 class OverlapObserver:
-    """Estimates ‖F‖² of the whole Fisher information matrix, as one of ``diagonal_fisher``'s ``observers``.
+    """Estimates ‖F‖² of the whole Fisher information matrix F.
 
-    F is the mean of g·gᵀ, g the gradient of a sample, so ‖F‖² = tr(F²) is the mean of (g·g')² over pairs of
-    different samples. The matrix itself, of parameters squared, is never formed.
+    Give it to ``diagonal_fisher`` as one of its ``observers``. F is the mean of g·gᵀ, where g is the gradient
+    of a sample, so ‖F‖² = tr(F²) is the mean of (g·g')² over pairs of different samples. The matrix F itself
+    is never formed.
 
     Args:
-        largest: The number of elements of the largest parameter, which the memory depends on.
+        largest: The number of elements of the largest parameter; the memory depends on it.
 
     Attributes:
-        names: The parameters that were seen.
+        names: The names of the parameters whose gradients were received.
 
     Example:
         >>> from lightning_blip.fisher import diagonal_fisher
@@ -36,20 +37,20 @@ class OverlapObserver:
 
     def __init__(self, largest: int) -> None:
         self.names: set[str] = set()
-        self._block = max(2, min(_MOST_NEIGHBOURS, BUDGET_BYTES // (8 * largest)))
+        self._block = max(2, min(_LARGEST_BLOCK, BUDGET_BYTES // (8 * largest)))
         self._batch: Tensor | float = 0.0
         self._total = 0.0
         self._pairs = 0
 
     def see(self, name: str, gradients: SampleGradients) -> None:
-        """Adds a parameter's part to the inner products of the batch."""
+        """Add one parameter's part to the inner products of the batch."""
         block = min(self._block, gradients.count)
         if block > 1 and self._pairs < _PAIRS:
             self.names.add(name)
-            self._batch = self._batch + gradients.overlaps(block)
+            self._batch = self._batch + gradients.inner_products(block)
 
     def end_batch(self, size: int) -> None:
-        """Squares the inner products of different samples."""
+        """Add the squared inner products of different samples."""
         if isinstance(self._batch, Tensor):
             off_diagonal = self._batch - torch.diag_embed(self._batch.diagonal(dim1=1, dim2=2))
             self._total += float(off_diagonal.double().square().sum())
@@ -58,5 +59,5 @@ class OverlapObserver:
         self._batch = 0.0
 
     def squared_norm(self) -> float | None:
-        """‖F‖², of the parameters that were seen; None where no batch had two samples."""
+        """Return ‖F‖² of the parameters in ``names``; None if no batch had two samples."""
         return self._total / self._pairs if self._pairs else None

@@ -1,4 +1,4 @@
-"""Watches a forward pass for the operations in which parameters meet the samples."""
+"""Record the operations of a forward pass that combine parameters with samples."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_blip.fisher.batches import tensors_of
 from lightning_blip.fisher.rewrites import REWRITES
-from lightning_blip.fisher.rules import RULES, SPREADS, Gradients
+from lightning_blip.fisher.rules import EXPANSIONS, RULES
+from lightning_blip.fisher.rules.base import GradientFunction
+from lightning_blip.fisher.samples import tensors_in
 
+#: Identifies an operation on the same parameters in every batch.
 Key = tuple[Any, ...]
 
 
 @dataclass
 class Use:
-    """A tensor that is, or was computed from, the parameters called ``names``, and its rule."""
+    """The use of a parameter, or of a tensor that is computed from parameters, in an operation.
+
+    Attributes:
+        tensor: The parameter, or the tensor computed from parameters.
+        names: The names of these parameters.
+        gradients: Returns the per-sample gradients with respect to ``tensor``, by the operation's rule.
+    """
 
     tensor: Tensor
     names: frozenset[str]
-    gradients: Gradients
+    gradients: GradientFunction
 
 
 @dataclass(eq=False)
@@ -34,73 +42,77 @@ class Call:
 
     Attributes:
         function: The operation.
-        uses: What it took that comes from parameters, where it has a rule.
-        shape: Its output's.
-        edge: Its output's place in the graph.
-        deepest: Whether its samples have met no parameter before.
-        receive: Called in the backward pass with the gradient of the output.
-        hook: By which this happens.
+        uses: The arguments that come from parameters and have a rule.
+        shape: The shape of the output.
+        edge: The node of the output in autograd's graph.
+        is_entry: Whether no earlier call leads to this one, so that the backward pass ends here.
+        on_gradient: Called in the backward pass with the gradient of the output.
+        hook: The hook on the output that calls ``on_gradient``.
     """
 
     function: Any
     uses: list[Use]
     shape: torch.Size
     edge: GradientEdge
-    deepest: bool
-    receive: Callable[[Tensor], object] | None = None
+    is_entry: bool
+    on_gradient: Callable[[Tensor], object] | None = None
     hook: RemovableHandle | None = None
 
     @property
     def key(self) -> Key:
-        """Equal for the same use of the same parameters in every batch."""
+        """The operation and its parameters, which are the same in every batch."""
         return (self.function, *(use.names for use in self.uses))
 
-    def forget(self) -> None:
-        """Lets go of the graph, which its hook would otherwise keep alive."""
-        self.receive = None
+    def release(self) -> None:
+        """Remove the hook, which keeps the graph in memory."""
+        self.on_gradient = None
         if self.hook is not None:
             self.hook.remove()
 
     def watch(self, output: Tensor) -> None:
-        """Receives the gradient of ``output``, whatever becomes of it in place later."""
+        """Receive the gradient of ``output``, also if ``output`` is changed in place later."""
 
         def deliver(grad: Tensor) -> None:
-            if self.receive is not None:
+            if self.on_gradient is not None:
                 with torch.no_grad():
-                    self.receive(grad.reshape(self.shape))
+                    self.on_gradient(grad.reshape(self.shape))
 
         self.hook = output.register_hook(deliver)
 
 
 @dataclass
 class Recorder(TorchFunctionMode):
-    """While in this context, all calls on the ``wanted`` parameters and the samples are recorded.
+    """A context that records all calls on ``wanted`` parameters and samples.
 
-    Tensors are followed that are computed from parameters and buffers alone, with no sample involved, such as
-    a slice of a positional embedding or a weight under a parametrisation. Where such a tensor, or a parameter
-    itself, meets samples, the rule of that operation tells its gradients sample by sample.
+    It follows the tensors that are computed from parameters and buffers only, such as a slice of a positional
+    embedding or a weight under a parametrisation. Where such a tensor, or a parameter, is combined with
+    samples, the rule of that operation gives its per-sample gradients.
+
+    Args:
+        module: The module that is run in this context.
+        wanted: The parameters to estimate, by name.
 
     Attributes:
-        calls: In their order.
-        unruled: The names of parameters that met samples where there is no rule.
+        calls: The recorded calls, in their order.
+        without_rule: The names of parameters that were combined with samples in an operation without a rule.
     """
 
     module: nn.Module
     wanted: Mapping[str, nn.Parameter]
     calls: list[Call] = field(default_factory=list)
-    unruled: set[str] = field(default_factory=set)
+    without_rule: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__init__()
         fixed = [*self.module.parameters(), *self.module.buffers()]
-        # The tensor itself stands beside its names, so that no other may take its id.
-        self._known: dict[int, tuple[Tensor, frozenset[str]]] = {id(x): (x, frozenset()) for x in fixed}
-        self._known |= {id(p): (p, frozenset([name])) for name, p in self.wanted.items()}
+        # Keyed by id; the tensor is kept too, so that its id is not reused.
+        self._sample_free: dict[int, tuple[Tensor, frozenset[str]]] = {id(x): (x, frozenset()) for x in fixed}
+        self._sample_free |= {id(p): (p, frozenset([name])) for name, p in self.wanted.items()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs an operation and looks at what it took."""
+        """Run an operation, and record or follow its output."""
         kwargs = kwargs or {}
         if func in REWRITES:
             with self:
@@ -109,26 +121,28 @@ class Recorder(TorchFunctionMode):
                 return rewritten
         output = func(*args, **kwargs)
         taken = _taken(args, kwargs)
-        origins = [self._known[id(x)][1] for x in taken if id(x) in self._known]
+        origins = [self._sample_free[id(x)][1] for x in taken if id(x) in self._sample_free]
         names = frozenset().union(*origins)
-        if (len(origins) == len(taken) and taken and func not in SPREADS) or func is torch.arange:
+        if (len(origins) == len(taken) and taken and func not in EXPANSIONS) or func is torch.arange:
             self._follow(output, names)
             return output
-        for result in tensors_of(output):
-            self._known.pop(id(result), None)  # samples were written into it
+        for result in tensors_in(output):
+            self._sample_free.pop(id(result), None)  # samples may have been written into it in place
         if names and torch.is_grad_enabled():
             self._record(func, args, kwargs, output, taken)
         return output
 
     def _follow(self, output: Any, names: frozenset[str]) -> None:
-        for result in tensors_of(output):
-            if id(result) not in self._known:
-                self._known[id(result)] = (result, names if result.requires_grad else frozenset())
+        """Remember that ``output`` depends on no sample, and on which parameters it depends."""
+        for result in tensors_in(output):
+            if id(result) not in self._sample_free:
+                self._sample_free[id(result)] = (result, names if result.requires_grad else frozenset())
 
     def _record(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, taken: Sequence[Tensor]
     ) -> None:
-        outputs = [result for result in tensors_of(output) if result.requires_grad]
+        """Record a call for each output; ``taken`` are the tensors among the arguments."""
+        outputs = [result for result in tensors_in(output) if result.requires_grad]
         if not outputs:
             return
         uses = []
@@ -138,52 +152,60 @@ class Recorder(TorchFunctionMode):
                 for tensor, gradients in RULES[func](*args, **kwargs)
                 if isinstance(tensor, Tensor) and self._names(tensor)
             ]
-        ruled = {id(use.tensor) for use in uses}
-        self.unruled.update(*(self._names(tensor) for tensor in taken if id(tensor) not in ruled))
-        deepest = not any(x.requires_grad for x in taken if id(x) not in self._known)
+        with_rule = {id(use.tensor) for use in uses}
+        self.without_rule.update(*(self._names(tensor) for tensor in taken if id(tensor) not in with_rule))
+        is_entry = not any(x.requires_grad for x in taken if id(x) not in self._sample_free)
         for result in outputs:
             whole = self._whole(result)
-            call = Call(func, uses, result.shape, get_gradient_edge(whole), deepest)
+            call = Call(func, uses, result.shape, get_gradient_edge(whole), is_entry)
             call.watch(whole)
             self.calls.append(call)
 
     def _names(self, tensor: Tensor) -> frozenset[str]:
-        return self._known[id(tensor)][1] if id(tensor) in self._known else frozenset()
+        """Return the names of the parameters that ``tensor`` is, or is computed from, without samples."""
+        return self._sample_free[id(tensor)][1] if id(tensor) in self._sample_free else frozenset()
 
     def _whole(self, output: Tensor) -> Tensor:
-        """What ``output`` is only another shape of: a view loses its hooks when it is changed in place."""
+        """Return the tensor that ``output`` is a reshaped view of, or ``output``.
+
+        A view loses its hooks when it is changed in place; its base keeps them.
+        """
         base = output._base
-        if base is None or id(base) in self._known or not base.requires_grad:
+        if base is None or id(base) in self._sample_free or not base.requires_grad:
             return output
         same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
         return base if same else output
 
 
 def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation took: most take no containers, and there are many operations."""
+    """Return the tensors among the arguments of an operation."""
+    # Most operations have no containers among their arguments, and this runs once per operation.
     if kwargs or any(isinstance(x, (tuple, list, dict)) for x in args):
-        return tensors_of((args, kwargs))
+        return tensors_in((args, kwargs))
     return [x for x in args if isinstance(x, Tensor)]
 
 
 def backward(
     total: Tensor, calls: Sequence[Call], leaves: Sequence[Tensor] = (), again: bool = False
 ) -> list[Tensor | None]:
-    """Runs the backward pass of ``total``: calls receive their gradients, those of ``leaves`` are returned.
+    """Run the backward pass of ``total``: pass their gradients to the calls, return those of ``leaves``.
 
     Args:
         total: A sum of log-probabilities.
-        calls: Those of its forward pass.
+        calls: The calls of its forward pass.
         leaves: Parameters.
-        again: Whether the same graph will be needed again.
+        again: Whether the same graph is needed again.
+
+    Returns:
+        The gradient of each leaf; None where ``total`` does not depend on it.
     """
-    # Every other call lies on the way to one of these.
-    edges: list[Any] = [call.edge for call in calls if call.deepest]
+    # Every other call is on a path from ``total`` to one of these.
+    edges: list[Any] = [call.edge for call in calls if call.is_entry]
     grads: Sequence[Tensor | None] = ()
     if total.requires_grad and (edges or leaves):
         grads = torch.autograd.grad(total, [*edges, *leaves], retain_graph=again, allow_unused=True)
     if not again:
         for call in calls:
-            call.forget()
-    own = grads[len(edges) :] if grads else [None] * len(leaves)
-    return [grad if grad is None or grad.layout == torch.strided else grad.to_dense() for grad in own]
+            call.release()
+    of_leaves = grads[len(edges) :] if grads else [None] * len(leaves)
+    return [grad if grad is None or grad.layout == torch.strided else grad.to_dense() for grad in of_leaves]

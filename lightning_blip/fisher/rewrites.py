@@ -1,4 +1,4 @@
-"""Attention and recurrent layers, whose parameters are used inside one operation, as several operations."""
+"""Attention and recurrent layers as several operations, because rules need one operation per parameter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
 
 
-def _opened(function: Any) -> Any:
-    """``function`` without its first question, whether a mode would rather take the call: its body runs."""
-    opened = FunctionType(
+def _without_override(function: Any) -> Any:
+    """Return a copy of ``function`` with has_torch_function replaced by False, so that its body runs."""
+    copy = FunctionType(
         function.__code__,
         {**function.__globals__, "has_torch_function": lambda _: False},
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _lstm_cell(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
@@ -48,7 +48,7 @@ def _relu_cell(from_input: Tensor, from_hidden: Tensor, _: State) -> State:
 
 
 def _step(cell: Cell) -> Callable[..., Any]:
-    """One step, as of ``nn.LSTMCell`` and its like."""
+    """Return the function of a single step, as in ``nn.LSTMCell``."""
 
     def step(
         input: Tensor,
@@ -66,7 +66,7 @@ def _step(cell: Cell) -> Callable[..., Any]:
 
 
 def _unrolled(cell: Cell) -> Callable[..., Any]:
-    """All steps of all layers, as of ``nn.LSTM`` and its like; packed sequences are left to the original."""
+    """Return the function of all steps of all layers, as in ``nn.LSTM``, but not for packed sequences."""
 
     def unrolled(
         input: Tensor,
@@ -79,19 +79,19 @@ def _unrolled(cell: Cell) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Any:
-        if not isinstance(has_biases, bool):  # with the sizes of packed batches, all else is one further on
+        if not isinstance(has_biases, bool):  # packed sequences have the batch sizes as a further argument
             return NotImplemented
         x = input.transpose(0, 1) if batch_first else input
         states = [hx] if isinstance(hx, Tensor) else list(hx)
         directions = 2 if bidirectional else 1
-        each = len(weights) // (num_layers * directions)
+        per_direction = len(weights) // (num_layers * directions)
         last: list[State] = []
         for layer in range(num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
                 state = tuple(part[index] for part in states)
-                parts = list(weights[index * each : (index + 1) * each])
+                parts = list(weights[index * per_direction : (index + 1) * per_direction])
                 steps, state = _run(cell, x, state, parts, has_biases, backwards=direction == 1)
                 outputs.append(steps)
                 last.append(state)
@@ -105,7 +105,7 @@ def _unrolled(cell: Cell) -> Callable[..., Any]:
 def _run(
     cell: Cell, x: Tensor, state: State, weights: list[Tensor], has_biases: bool, backwards: bool
 ) -> tuple[Tensor, State]:
-    """One layer in one direction over x, (steps, batch, features)."""
+    """Run one layer in one direction over ``x``, (steps, batch, features); return its outputs and state."""
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if has_biases else (None, None)
     project = weights[-1] if len(weights) > (4 if has_biases else 2) else None
@@ -119,14 +119,15 @@ def _run(
 
 
 def _recurrent() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Yield each recurrent operation and its replacement."""
     cells = {"lstm": _lstm_cell, "gru": _gru_cell, "rnn_tanh": _tanh_cell, "rnn_relu": _relu_cell}
     for name, cell in cells.items():
         yield getattr(torch, name), _unrolled(cell)
         yield getattr(torch, f"{name}_cell"), _step(cell)
 
 
-#: By operation: what computes the same from operations that have rules, or NotImplemented.
+#: For each operation, a function that computes the same by operations with rules, or NotImplemented.
 REWRITES: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: _without_override(F.multi_head_attention_forward),
     **dict(_recurrent()),
 }

@@ -1,1 +1,1 @@
-"""Tests of the diagonal Fisher."""
+"""Tests of the diagonal Fisher information."""

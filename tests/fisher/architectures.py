@@ -1,4 +1,4 @@
-"""Architectures that people use, small enough for one backward pass a sample."""
+"""Common architectures, small enough for one backward pass per sample."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SequenceFirstClassifier(nn.Module):
 
 
 class TiedLanguageModel(nn.Module):
-    """Its embedding is also the output layer, and its hidden layer is called at every depth."""
+    """Uses its embedding as the output layer too, and one hidden layer at every depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class TiedLanguageModel(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to themselves, then to an encoded context."""
+    """Applies attention among queries, then from queries to an encoded context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
 
 
 def _ready(network: nn.Module, inputs: Inputs, targets: Tensor) -> Ready:
-    """In float64 and evaluation mode, every weight and statistic somewhere a training could have left it."""
+    """Return the network in float64 and evaluation mode, weights and statistics as if trained."""
     if isinstance(inputs, dict):
         inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     elif inputs.is_floating_point():
@@ -117,7 +117,7 @@ def _classes(*positions: int, classes: int = 3) -> Tensor:
 
 
 def _padded(vocabulary: int = 31, length: int = 7) -> dict[str, Tensor]:
-    """Token ids, of which 0 is the padding."""
+    """Return token ids, in which 0 is the padding."""
     lengths = torch.randint(3, length, (SAMPLES, 1))
     mask = torch.arange(length) < lengths
     return {
@@ -135,9 +135,9 @@ def _resnet18() -> Ready:
 
 
 def _vit() -> Ready:
-    # timm imports torchvision, mostly to read images. It is not installed, since one that was built for
-    # another torch breaks torchmetrics; the stand-in is gone afterwards, so that torchmetrics never finds
-    # it.
+    # timm imports torchvision, mostly to read images. It is not installed, because a torchvision built for
+    # another torch breaks torchmetrics. The stand-in is removed afterwards, so that torchmetrics does not
+    # find it.
     with pytest.MonkeyPatch.context() as patch:
         for name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
             patch.setitem(sys.modules, f"torchvision{name}", MagicMock())
@@ -222,7 +222,7 @@ def _cross_attention() -> Ready:
     return _ready(CrossAttention(), inputs, _classes())
 
 
-# Each makes a network in float64 and evaluation mode, its inputs (the batch first) and its targets.
+# By name: makes a network in float64 and evaluation mode, its inputs (the batch first) and its targets.
 ARCHITECTURES: dict[str, Callable[[], Ready]] = {
     "alexnet": _alexnet,
     "resnet18": _resnet18,

@@ -1,4 +1,4 @@
-"""Every kind of layer and use of a parameter that has a rule, one small network each."""
+"""One small network for every layer and every use of a parameter that has a rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLES = 7
 
 
 class Pooled(nn.Module):
-    """A layer whose output is averaged over all but samples and one other dimension, and classified."""
+    """Averages a layer's output over all dimensions but samples and ``dim``, and classifies it."""
 
     def __init__(self, layer: nn.Module, features: int, dim: int = 1) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Pooled(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A class token before patches, a positional embedding cut to length, LayerScale, learned mask tokens."""
+    """A class token, a sliced positional embedding, LayerScale and a learned mask token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Tokens(nn.Module):
 
 
 class LowRank(nn.Module):
-    """LoRA's factors as bare parameters, on either side of a frozen weight."""
+    """Low-rank factors as parameters outside layers, on both sides of a frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Arithmetic(nn.Module):
 
 
 class Windows(nn.Module):
-    """Positions folded into the batch on either side of it, and a table of relative positions."""
+    """Folds positions into the batch dimension, inside and outside of it, and indexes a table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Windows(nn.Module):
 
 
 class Packed(nn.Module):
-    """Sequences of different lengths, packed: without a rule, but exact."""
+    """Packed sequences of different lengths, which have no rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Packed(nn.Module):
 
 
 class Steps(nn.Module):
-    """A recurrent cell, step by step."""
+    """Runs a recurrent cell step by step."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Steps(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Activations are computed again in the backward pass."""
+    """Computes activations again in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Checkpointed(nn.Module):
 
 
 class Exponent(nn.Module):
-    """Without a rule: a power, and a product named by its indices."""
+    """A power and an ``einsum``, which have no rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def _two(*shapes: tuple[int, ...]) -> Callable[[], Any]:
 
 _image, _sequence = (4, 5, 6), (6, 4)
 
-# Name: how to make the network, and its inputs.
+# By name: how to make the network, and how to make its inputs.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "conv transpose 1d": (lambda: _conv(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1)), _floats(4, 5)),
     "conv transpose 2d": (
@@ -268,7 +268,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
 }
 
-# Networks of which some parameter has no rule.
+# Networks in which some parameter has no rule.
 UNRULED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "exponent": (Exponent, _floats(5)),
     "packed": (Packed, lambda: (_floats(*_sequence)(), torch.randint(1, 7, (SAMPLES,)))),

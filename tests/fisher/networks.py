@@ -1,4 +1,4 @@
-"""Small networks that go through every rule, and past every rule."""
+"""Small networks that use parameters in many ways, with and without rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Apply(nn.Module):
-    """A function as a layer."""
+    """Applies a function as a layer."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class UsedTwice(nn.Module):
 
 
 class ConvUsedTwice(nn.Module):
-    """The second use sees another size of image."""
+    """Uses one convolution twice, on images of different sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ConvUsedTwice(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two layers share a weight, a third weight is also used without its layer."""
+    """Two layers share a weight; the weight of a third is also used outside its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Tied(nn.Module):
 
 
 class HiddenUse(nn.Module):
-    """A layer that is called and whose weight is used past it besides, and one that is never called."""
+    """One layer is called; of the other, only the parameters are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SequenceFirst(nn.Module):
 
 
 class FlatInside(nn.Module):
-    """Treats every position as a sample of its own."""
+    """Treats every position as a sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class FlatInside(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Embedding, then a transformer's encoder layer."""
+    """An embedding and an encoder layer of a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Recurrent(nn.Module):
 
 
 class Bare(nn.Module):
-    """Parameters that no layer owns, one of them unused."""
+    """Parameters outside layers, one of them unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Bare(nn.Module):
 
 
 class DataDependent(nn.Module):
-    """Looks into its tensors, so that samples cannot be vectorised over."""
+    """Reads the values of its tensors, which ``vmap`` does not allow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class DataDependent(nn.Module):
 
 
 class HeldBesides(nn.Module):
-    """Uses a parameter through a list, where replacing the module's own has no effect."""
+    """Uses a parameter through a list, so that replacing the module's parameter has no effect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def _batch_norm() -> nn.Module:
 
 
 _image = (2, 8, 8)
-# Name: how to make the network, the shape of one input (of each, if several).
+# By name: how to make the network, and the shape of one sample of each input.
 NETWORKS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), ((5,),)),
     "mlp without bias": (

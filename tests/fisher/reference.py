@@ -1,4 +1,4 @@
-"""The slow, obviously right Fisher: one backward pass per sample, the gradients squared and averaged."""
+"""The slow reference: one backward pass per sample, gradients squared and averaged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_blip.fisher.batches import arguments
+from lightning_blip.fisher.samples import call_arguments
 
 
 def categorical(output: Any, target: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def slow_fisher(
     targets: Tensor,
     log_prob: Callable[[Any, Tensor], Tensor] = categorical,
 ) -> dict[str, Tensor]:
-    """The empirical diagonal Fisher of ``module`` in evaluation mode."""
+    """Return the empirical diagonal Fisher information of ``module`` in evaluation mode."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for i in range(len(targets)):
-        args, kwargs = arguments(_part(inputs, slice(i, i + 1)))
+        args, kwargs = call_arguments(_part(inputs, slice(i, i + 1)))
         output = module(*args, **kwargs)
         total = log_prob(output, targets[i : i + 1])
         grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
@@ -52,9 +52,10 @@ def slow_fisher(
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-8) -> None:
-    """Elementwise, relative to each element; what is tiny beside its tensor's largest is rounding error.
+    """Compare element by element, with a tolerance relative to each element.
 
-    So is what is smaller than the square of such an error in the network's largest: where gradients cancel.
+    Differences are rounding errors if they are tiny beside the tensor's largest element, or beside the square
+    of such an error in the network's largest element, which is what remains where gradients cancel.
     """
     assert found.keys() == expected.keys()
     largest = max(float(value.max()) for value in expected.values())

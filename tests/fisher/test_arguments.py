@@ -1,4 +1,4 @@
-"""What may be passed in, and what every mistake is answered with."""
+"""The arguments of ``diagonal_fisher``, and the error that each mistake raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def data(samples=10):
 
 
 @pytest.mark.parametrize("samples", [1, 4, 6, 8, 10, 99])
-def test_samples_caps_exactly(samples):
+def test_samples_limits_the_estimate_to_the_first_samples(samples):
     layer, (inputs, targets), seen = nn.Linear(5, 3).double(), data(), []
     inputs = inputs.double()
     found = diagonal_fisher(
@@ -35,16 +35,16 @@ def test_samples_caps_exactly(samples):
     assert len(seen) == -(-used // 4)
 
 
-def test_no_batch_is_fetched_beyond_the_cap():
+def test_no_batch_is_loaded_after_the_last_sample():
     def endless():
         yield data(4)
         yield data(4)
-        raise AssertionError("fetched a batch too many")
+        raise AssertionError("loaded one batch too many")
 
     diagonal_fisher(nn.Linear(5, 3), endless(), samples=8)
 
 
-def test_inputs_by_position_and_by_name():
+def test_inputs_may_be_positional_or_keyword_arguments():
     module, left, right = TwoInputs().double(), torch.randn(6, 5).double(), torch.randn(6, 4).double()
     targets = torch.randint(3, (6,))
     expected = slow_fisher(module, (left, right), targets)
@@ -57,8 +57,8 @@ def test_inputs_by_position_and_by_name():
         assert_same(diagonal_fisher(module, [(inputs, targets)], labels="empirical"), expected)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_inputs_that_all_samples_share(own):
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_tensor_without_batch_dimension_is_shared_by_all_samples(per_sample):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,9 +70,9 @@ def test_inputs_that_all_samples_share(own):
             return (self.inner(x) * mask).sum(1) * self.scale
 
     module, x = Masked().double(), torch.randn(6, 7, 4).double()
-    mask = torch.rand(7, 1).double() if not own else torch.rand(6, 7, 1).double()
+    mask = torch.rand(6, 7, 1).double() if per_sample else torch.rand(7, 1).double()
     targets = torch.randint(3, (6,))
-    masks = mask if own else mask.expand(6, 7, 1)
+    masks = mask if per_sample else mask.expand(6, 7, 1)
 
     class Filled(nn.Module):
         def __init__(self):
@@ -99,7 +99,11 @@ def test_a_batch_without_samples_is_skipped():
     [
         ({"likelihood": "poisson"}, r"likelihood='poisson' .*'categorical', 'gaussian', 'bernoulli'"),
         ({"likelihood": 3}, "likelihood=3 .*callable"),
-        ({"labels": "true"}, 'labels=\'true\' .*"sampled" or "empirical"'),
+        ({"likelihood": ["categorical"]}, r"likelihood=\['categorical'\] .*callable"),
+        ({"labels": "true"}, 'labels=\'true\' is not known: give "sampled" or "empirical"'),
+        ({"smoothing": -0.1}, r"smoothing=-0\.1 must be 0 to 1"),
+        ({"smoothing": 1.5}, r"smoothing=1\.5 must be 0 to 1"),
+        ({"smoothing": float("nan")}, "smoothing=nan must be 0 to 1"),
         ({"samples": 0}, "samples=0 .*at least 1"),
         ({"samples": -3}, "samples=-3"),
         ({"parameters": ["weight", "wieght"]}, "no parameter 'wieght'.*weight, bias"),
@@ -119,10 +123,20 @@ def test_a_batch_without_samples_is_skipped():
         ({"labels": "empirical", "likelihood": lambda out: D.Normal(out[:, :1], 1.0)}, "do not fit"),
     ],
 )
-def test_a_wrong_argument(options, message):
+def test_a_wrong_argument_is_refused(options, message):
     arguments = {"batches": [(torch.randn(2, 5), torch.randint(3, (2,)))], **options}
     with pytest.raises(ValueError, match=message):
         diagonal_fisher(nn.Linear(5, 3), **arguments)
+
+
+def test_wrong_arguments_are_refused_before_the_first_batch_is_loaded():
+    def never():
+        raise AssertionError("loaded a batch")
+        yield
+
+    for wrong in ({"likelihood": "categoricl"}, {"labels": "true"}, {"smoothing": 2.0}, {"samples": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            diagonal_fisher(nn.Linear(5, 3), never(), **wrong)
 
 
 def test_targets_may_lack_a_dimension_of_length_one():
@@ -132,19 +146,19 @@ def test_targets_may_lack_a_dimension_of_length_one():
     assert_same(short, diagonal_fisher(layer, in_batches(inputs, targets, 1), "bernoulli", "empirical"))
 
 
-def test_no_parameter_requires_gradients():
+def test_a_module_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="none to estimate"):
         diagonal_fisher(nn.Linear(5, 3).requires_grad_(False), [data()])
 
 
-def test_a_named_parameter_that_requires_no_gradients():
+def test_a_named_parameter_must_require_gradients():
     layer = nn.Linear(5, 3)
     layer.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="'bias' does not require gradients"):
         diagonal_fisher(layer, [data()], parameters=["bias"])
 
 
-def test_a_parameter_that_is_no_real_number():
+def test_complex_and_integer_parameters_are_refused():
     layer = nn.Linear(5, 3)
     layer.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     layer.count = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
@@ -155,7 +169,7 @@ def test_a_parameter_that_is_no_real_number():
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_log_probability_that_is_not_finite(bad):
+def test_a_log_probability_that_is_not_finite_is_refused(bad):
     batches = [data(4) for _ in range(3)]
     batches[bad][0][3, 0] = torch.inf if bad else torch.nan
     with pytest.raises(FloatingPointError, match=f"batch {bad} is not finite"):
@@ -163,7 +177,7 @@ def test_a_log_probability_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("first", [4, 1])
-def test_samples_that_influence_each_other(first):
+def test_samples_that_influence_each_other_are_refused(first):
     norm = nn.BatchNorm1d(5, track_running_stats=False) if first > 1 else Apply(lambda x: x - x.mean(0))
     module = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3))
     match = r"influence each other \(see 1.weight, 1.bias" if first > 1 else "influence each other"
@@ -171,24 +185,24 @@ def test_samples_that_influence_each_other(first):
         diagonal_fisher(module, [data(first), data(4)])
 
 
-def test_an_output_that_is_not_the_batch():
+def test_an_output_with_another_batch_size_is_refused():
     module = nn.Sequential(nn.Linear(5, 3), Apply(lambda x: x.repeat(2, 1)))
     with pytest.raises(ValueError, match="first dimension of inputs and output must be the batch"):
         diagonal_fisher(module, [data()])
 
 
-def test_an_output_that_is_no_tensor():
+def test_an_output_that_is_not_a_tensor_needs_a_callable_likelihood():
     with pytest.raises(TypeError, match=r"returned tuple, not a tensor .* callable"):
         diagonal_fisher(nn.Sequential(nn.Linear(5, 3), Apply(lambda x: (x, x))), [data()])
 
 
-def test_categorical_needs_classes():
+def test_categorical_needs_a_dimension_of_classes():
     with pytest.raises(ValueError, match="bernoulli"):
         diagonal_fisher(nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), [data()])
 
 
 class Changing(nn.Module):
-    """Uses its layer on all samples, or from three samples on, on their sum."""
+    """Uses other operations for three samples or more, and mixes the samples if ``together``."""
 
     def __init__(self, together):
         super().__init__()
@@ -202,20 +216,44 @@ class Changing(nn.Module):
         return F.linear(x, self.inner.weight) + self.inner.bias
 
 
-def test_a_module_that_works_in_another_way_on_a_later_batch():
+def test_a_later_batch_that_mixes_its_samples_is_refused():
     batches = [(torch.randn(size, 5), None) for size in (2, 4)]
     with pytest.raises(RuntimeError, match=r"for the 4 samples of batch 1 together .* inner.weight"):
         diagonal_fisher(Changing(together=True), batches)
 
 
-def test_a_module_that_does_the_same_in_another_way_on_a_later_batch():
+def test_a_later_batch_with_other_operations_is_refused():
     network = Changing(together=False).double()
     inputs, targets = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
     with pytest.raises(RuntimeError, match="uses its parameters in other ways"):
         diagonal_fisher(network, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])], labels="empirical")
 
 
-def test_batches_of_different_lengths():
+@pytest.mark.parametrize("parts", [1, 2, 3, 20])
+def test_the_division_into_parts_changes_no_value(parts):
+    layer, (inputs, targets), seen = nn.Linear(5, 3).double(), data(), []
+    batches = in_batches(inputs.double(), targets, 8)
+    assert_same(
+        diagonal_fisher(layer, batches, parts=parts, progress=seen.append), diagonal_fisher(layer, batches)
+    )
+    assert max(seen) == -(-8 // parts)
+    assert sum(seen) == 10
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_estimates_of_all_shards_have_the_mean_of_one_process(likelihood, processes):
+    layer, inputs = nn.Linear(5, 3).double(), torch.randn(12, 5, dtype=torch.float64)
+    whole = diagonal_fisher(layer, in_batches(inputs, inputs, 6), likelihood)
+    shards = []
+    for rank in range(processes):
+        own = inputs[rank::processes]
+        batches = in_batches(own, own, 6 // processes)
+        shards.append(diagonal_fisher(layer, batches, likelihood, shard=(rank, processes)))
+    assert_same({name: sum(shard[name] for shard in shards) / processes for name in whole}, whole)
+
+
+def test_batches_may_have_sequences_of_different_lengths():
     network = FlatInside().double()
     parts = [(torch.randn(4, length, 4, dtype=torch.float64), torch.randint(3, (4,))) for length in (1, 3, 2)]
     expected = [slow_fisher(network, inputs, targets) for inputs, targets in parts]
@@ -223,18 +261,18 @@ def test_batches_of_different_lengths():
     assert_same(diagonal_fisher(network, parts, labels="empirical"), mean)
 
 
-def test_a_module_without_gradients():
+def test_a_module_without_a_backward_pass_is_refused():
     class Never(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
 
     module = nn.Sequential(nn.Linear(5, 3), Apply(Never.apply))
-    with pytest.raises(RuntimeError, match=r"gradients could be taken of 0\.weight, 0\.bias"):
+    with pytest.raises(RuntimeError, match=r"gradients of 0\.weight, 0\.bias cannot be computed"):
         diagonal_fisher(module, [data()])
 
 
-def test_a_parameter_without_gradients_per_sample():
+def test_a_parameter_without_per_sample_gradients_is_refused():
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -243,7 +281,7 @@ def test_a_parameter_without_gradients_per_sample():
         @staticmethod
         def backward(ctx, grad):
             if len(grad) == 1:
-                raise ArithmeticError("not for one")
+                raise ArithmeticError("not for one sample")
             return grad
 
     class Module(nn.Module):
@@ -254,5 +292,5 @@ def test_a_parameter_without_gradients_per_sample():
         def forward(self, x):
             return self.last(Once.apply(x.abs() ** self.scale))
 
-    with pytest.raises(RuntimeError, match=r"gradients could be taken of scale: .*parameters="):
+    with pytest.raises(RuntimeError, match=r"gradients of scale cannot be computed: .*parameters="):
         diagonal_fisher(Module(), [data()])

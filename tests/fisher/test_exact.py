@@ -1,4 +1,4 @@
-"""The Fisher of many networks against one backward pass per sample."""
+"""The Fisher information of many networks equals that of one backward pass per sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.fisher.fallback import PerSample
+from lightning_blip.fisher.fallback import Fallback
 from tests.fisher.architectures import ARCHITECTURES
 from tests.fisher.layers import LAYERS, UNRULED
 from tests.fisher.networks import NETWORKS, Tokens
@@ -30,20 +30,20 @@ def make(name):
 
 @pytest.fixture
 def fallen_back(monkeypatch):
-    """The parameters that were left to the fallback."""
+    """The names of the parameters that the fallback estimated."""
     names = set()
-    choose = PerSample.choose
+    choose = Fallback.choose
 
     def remember(self, sample):
         names.update(self.parameters)
         choose(self, sample)
 
-    monkeypatch.setattr(PerSample, "choose", remember)
+    monkeypatch.setattr(Fallback, "choose", remember)
     return names
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_by_rules(name, fallen_back):
+def test_every_network_is_exact_by_rules(name, fallen_back):
     network, inputs, targets = make(name)
     expected = slow_fisher(network, inputs, targets)
     found = diagonal_fisher(network, in_batches(inputs, targets, 4), labels="empirical")
@@ -52,7 +52,7 @@ def test_every_network_by_rules(name, fallen_back):
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *UNRULED])
-def test_every_layer(name, fallen_back):
+def test_every_layer_is_exact_and_only_layers_without_rule_fall_back(name, fallen_back):
     network, inputs = {**LAYERS, **UNRULED}[name]
     network, inputs, targets = network().double(), inputs(), torch.randint(3, (7,))
     expected = slow_fisher(network, inputs, targets)
@@ -63,7 +63,7 @@ def test_every_layer(name, fallen_back):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_by_rules(name, fallen_back):
+def test_every_architecture_is_exact_by_rules(name, fallen_back):
     network, inputs, targets = ARCHITECTURES[name]()
     expected = slow_fisher(network, inputs, targets)
     found = diagonal_fisher(network, in_batches(inputs, targets, 3), labels="empirical")
@@ -71,22 +71,22 @@ def test_every_architecture_by_rules(name, fallen_back):
     assert not fallen_back
 
 
-def test_the_fallback_covers_only_what_has_no_rule(fallen_back):
+def test_the_fallback_gets_only_parameters_without_rule(fallen_back):
     network, inputs = UNRULED["packed"]
     network, inputs, targets = network().double(), inputs(), torch.randint(3, (7,))
     diagonal_fisher(network, in_batches(inputs, targets, 3))
     assert fallen_back == {f"rnn.{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")}
 
 
-def test_one_forward_pass_a_batch():
+def test_each_batch_has_one_forward_pass():
     network, inputs, targets = make("batch norm")
     sizes = []
     network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     diagonal_fisher(network, in_batches(inputs, targets, 4))
-    assert sizes == [2, 1, 4, 4, 1]  # two samples to look at, one of them alone, then the batches
+    assert sizes == [2, 1, 4, 4, 1]  # the probe on two samples and on one of them, then the batches
 
 
-def test_transformer():
+def test_a_transformer_is_exact():
     network, tokens, targets = (
         Tokens().double(),
         torch.randint(11, (SAMPLES, 5)),
@@ -97,7 +97,7 @@ def test_transformer():
     assert_same(found, expected)
 
 
-def test_single_precision():
+def test_single_precision_agrees_with_double():
     network = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3))
     inputs, targets = torch.randn(SAMPLES, 20), torch.randint(3, (SAMPLES,))
     found = diagonal_fisher(network, in_batches(inputs, targets, 4), labels="empirical")
@@ -106,7 +106,7 @@ def test_single_precision():
     assert_same({name: value.double() for name, value in found.items()}, expected, rtol=1e-4)
 
 
-def test_half_precision_is_summed_in_single():
+def test_half_precision_is_summed_in_single_precision():
     network = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)).bfloat16()
     inputs, targets = torch.randn(SAMPLES, 20).bfloat16(), torch.randint(3, (SAMPLES,))
     found = diagonal_fisher(network, in_batches(inputs, targets, 4), labels="empirical")
@@ -117,7 +117,7 @@ def test_half_precision_is_summed_in_single():
 
 
 @pytest.mark.parametrize(("likelihood", "log_prob"), [("gaussian", gaussian), ("bernoulli", bernoulli)])
-def test_likelihoods(likelihood, log_prob):
+def test_every_likelihood_of_numbers_is_exact(likelihood, log_prob):
     network, inputs, _ = make("mlp")
     targets = torch.rand(SAMPLES, 3, dtype=torch.float64).round()
     expected = slow_fisher(network, inputs, targets, log_prob)
@@ -125,7 +125,7 @@ def test_likelihoods(likelihood, log_prob):
     assert_same(found, expected)
 
 
-def test_a_chunk_may_hold_few_samples(monkeypatch):
+def test_a_small_memory_budget_changes_no_value(monkeypatch):
     monkeypatch.setattr("lightning_blip.fisher.gradients.CPU_CHUNK_BYTES", 10_000)
     monkeypatch.setattr("lightning_blip.fisher.fallback.BUDGET_BYTES", 1_000)
     monkeypatch.setattr("lightning_blip.fisher.probe.BUDGET_BYTES", 1_000)
@@ -144,8 +144,7 @@ def test_both_forms_of_products_are_exact(monkeypatch, multiply_adds):
         assert_same(diagonal_fisher(network, [(inputs, targets)], labels="empirical"), expected)
 
 
-def test_sparse_gradients():
-    """Those of a function that has a sparse one, which a rule does not serve."""
+def test_sparse_and_dense_embeddings_have_the_same_information():
     torch.manual_seed(0)
     x = torch.randint(7, (8, 3))
     found = []
@@ -159,7 +158,7 @@ def test_sparse_gradients():
     assert dense["0.weight"].any()
 
 
-def test_only_the_named_parameters():
+def test_only_the_named_parameters_are_estimated():
     network, inputs, targets = make("batch norm")
     expected = slow_fisher(network, inputs, targets)
     names = ["4.bias", "1.weight", "0.weight"]
@@ -167,7 +166,7 @@ def test_only_the_named_parameters():
     assert_same(found, {name: expected[name] for name in names})
 
 
-def test_frozen_parameters_are_left_out():
+def test_parameters_without_gradients_are_left_out():
     network, inputs, targets = make("mlp")
     expected = slow_fisher(network, inputs, targets)
     network[0].requires_grad_(False)
@@ -175,14 +174,14 @@ def test_frozen_parameters_are_left_out():
     assert_same(found, {name: expected[name] for name in ("2.weight", "2.bias")})
 
 
-def test_vectorised_where_it_can_be(monkeypatch):
-    looped = PerSample._looped_squares
+def test_the_fallback_is_vectorised_where_possible(monkeypatch):
+    looped = Fallback._looped_squares
 
-    def one_at_most(self, batch):
+    def refuse_batches(self, batch):
         assert batch.size == 1
         return looped(self, batch)
 
-    monkeypatch.setattr(PerSample, "_looped_squares", one_at_most)
+    monkeypatch.setattr(Fallback, "_looped_squares", refuse_batches)
     network, inputs = UNRULED["exponent"]
     diagonal_fisher(network().double(), in_batches(inputs(), torch.randint(3, (7,)), 4))
     network, inputs, targets = make("data dependent")
@@ -190,14 +189,14 @@ def test_vectorised_where_it_can_be(monkeypatch):
         diagonal_fisher(network, in_batches(inputs, targets, 4))
 
 
-def test_a_compiled_module():
+def test_a_compiled_module_is_exact():
     network, (inputs,), targets = make("mlp")
     expected = slow_fisher(network, (inputs,), targets)
     found = diagonal_fisher(torch.compile(network), [(inputs, targets)], labels="empirical")
     assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
 
 
-def test_channels_last():
+def test_channels_last_memory_is_exact():
     network, (inputs,), targets = make("conv2d")
     expected = slow_fisher(network, (inputs,), targets)
     network.to(memory_format=torch.channels_last)

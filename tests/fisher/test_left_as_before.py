@@ -1,4 +1,4 @@
-"""After the estimate, or after an error in it, everything is as it was."""
+"""An estimate restores the module and the random numbers, also after an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
 from tests.fisher.networks import Apply
+from tests.helpers.fitting import same
 
 
 class Counter(nn.Module):
-    """Counts its calls, in place or in a new tensor."""
+    """Counts its calls in two buffers: one changed in place, one replaced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ def network():
 
 def noisy(batches):
     for batch in batches:
-        torch.rand(3)  # a loader that augments
+        torch.rand(3)  # as a loader does that augments its samples
         yield batch
 
 
@@ -66,14 +67,6 @@ def state(module):
         "grad mode": torch.is_grad_enabled(),
         "validation": D.Distribution._validate_args,
     }
-
-
-def same(left, right):
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (tuple, list)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def fail(_):
@@ -104,7 +97,7 @@ GOOD = [(torch.randn(4, 1, 6, 6), None)] * 2
     ],
 )
 @pytest.mark.parametrize("grad_mode", [True, False])
-def test_nothing_is_touched(batches, options, error, grad_mode):
+def test_the_module_and_the_random_numbers_are_restored(batches, options, error, grad_mode):
     module = network()
     before = copy.deepcopy(state(module))
     before["buffers"] = state(module)["buffers"]
@@ -121,7 +114,7 @@ def test_nothing_is_touched(batches, options, error, grad_mode):
     assert [key for key in before if not same(before[key], after[key])] == []
 
 
-def test_the_check_sees_differences():
+def test_the_comparison_of_states_sees_differences():
     module = network()
     before = state(module)
     module[5](torch.zeros(1))
@@ -131,7 +124,7 @@ def test_the_check_sees_differences():
     assert differ == {"buffers", "modes", "random"}
 
 
-def test_evaluation_mode():
+def test_the_estimate_is_made_in_evaluation_mode():
     torch.manual_seed(0)
     layer, inputs = nn.Linear(5, 3), torch.randn(8, 5)
     module = nn.Sequential(nn.Dropout(0.5), layer, nn.BatchNorm1d(3, affine=False, eps=0)).train()
@@ -139,7 +132,7 @@ def test_evaluation_mode():
     assert torch.equal(found["1.weight"], diagonal_fisher(layer, [(inputs, None)])["weight"])
 
 
-def test_inference_mode():
+def test_an_outer_inference_mode_changes_nothing():
     module, batch = nn.Linear(5, 3), (torch.randn(8, 5), None)
     with torch.inference_mode():
         found = diagonal_fisher(module, [batch])
@@ -147,14 +140,14 @@ def test_inference_mode():
     assert not found["weight"].is_inference()
 
 
-def test_full_precision_under_autocast():
+def test_an_outer_autocast_changes_nothing():
     module, batch = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), (torch.randn(8, 5), None)
     with torch.autocast("cpu", torch.bfloat16):
         found = diagonal_fisher(module, [batch])
     assert torch.equal(found["0.weight"], diagonal_fisher(module, [batch])["0.weight"])
 
 
-def test_result_has_no_graph():
+def test_the_result_has_no_graph():
     module = nn.Sequential(nn.Linear(5, 4), Apply(torch.tanh), nn.LayerNorm(4))
     tied = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
     tied[2].weight = tied[0].weight
@@ -164,14 +157,14 @@ def test_result_has_no_graph():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_no_tensor_of_a_pass_outlives_it(tied):
+def test_no_tensor_of_a_pass_is_kept(tied):
     first, last, refs = nn.Linear(5, 5), nn.Linear(5, 5), []
     if tied:
         last.weight = first.weight
     module = nn.Sequential(first, nn.ReLU(True), nn.LayerNorm(5), last)
     for part in module:
         part.register_forward_hook(lambda module, args, output: refs.append(weakref.ref(output)))
-    gc.disable()  # a graph that refers to itself would wait for it
+    gc.disable()  # so that a graph in a reference cycle is noticed
     try:
         diagonal_fisher(module, [(torch.randn(8, 5), None)] * 2)
         assert len(refs) > 4
@@ -180,7 +173,7 @@ def test_no_tensor_of_a_pass_outlives_it(tied):
         gc.enable()
 
 
-def test_parameters_that_are_not_asked_for_require_gradients_again():
+def test_unwanted_parameters_require_gradients_again_afterwards():
     module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     module[0].bias.requires_grad_(False)
     diagonal_fisher(module, [(torch.randn(8, 5), None)], parameters=["1.weight"])

@@ -1,4 +1,4 @@
-"""What an estimate allocates beside the activations: little, whatever the network."""
+"""The memory that an estimate needs beside the activations is small for every network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_blip.fisher.gradients import BUDGET_BYTES
 MEBI = 2**20
 
 
-def test_resnet50_takes_no_more_than_its_activations_again_and_the_budget():
+def test_resnet50_needs_at_most_twice_its_activations_and_the_budget():
     network, x = resnet50().eval(), torch.randn(2, 3, 224, 224)
     output = []
     activations = peak_bytes(lambda: output.append(network(x)))
@@ -36,25 +36,25 @@ def test_resnet50_takes_no_more_than_its_activations_again_and_the_budget():
     ],
     ids=["sequence", "short sequence", "convolution", "embedding", "lstm"],
 )
-def test_no_gradient_is_held_for_every_sample(layer, shape):
+def test_the_gradients_of_all_samples_are_never_in_memory_together(layer, shape):
     samples = 300
     x = torch.randint(50_000, (samples, *shape)) if len(shape) == 1 else torch.randn(samples, *shape)
     gradients = samples * sum(p.numel() * p.element_size() for p in layer.parameters())
-    network = nn.Sequential(layer, First())
+    network = nn.Sequential(layer, FirstOutput())
     peak = peak_bytes(lambda: diagonal_fisher(network, [(x, None)], likelihood="gaussian"))
     assert gradients > 400 * MEBI
     assert peak < gradients / 2
 
 
-class First(nn.Module):
-    """Of what a layer returns, the first: the output itself."""
+class FirstOutput(nn.Module):
+    """Returns the first of a layer's outputs."""
 
     def forward(self, output):
         return output[0] if isinstance(output, tuple) else output
 
 
 class Indexed(nn.Module):
-    """A large product named by its indices, for which there is no rule."""
+    """A large product by ``einsum``, which has no rule."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Indexed(nn.Module):
 
 
 @pytest.mark.parametrize("budget", [8, 1000])
-def test_the_fallback_keeps_to_the_budget(monkeypatch, budget):
+def test_the_fallback_stays_within_the_budget(monkeypatch, budget):
     monkeypatch.setattr("lightning_blip.fisher.fallback.BUDGET_BYTES", budget * MEBI)
     network, x = Indexed(), torch.randn(40, 500)
     peak = peak_bytes(lambda: diagonal_fisher(network, [(x, None)]))

@@ -1,4 +1,4 @@
-"""Labels: drawn from the model's own prediction, whatever the batches; left out where they are -100."""
+"""How labels are drawn from the model's prediction, and which positions are left out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import distributions as D
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
+from lightning_blip.fisher.likelihood import Draws, find_likelihood
 from tests.fisher.networks import NETWORKS, Apply
-from tests.fisher.reference import assert_same, in_batches, slow_fisher
+from tests.fisher.reference import assert_same, bernoulli, in_batches, slow_fisher
 
 SAMPLES = 130
 
@@ -41,7 +42,7 @@ def targets_for(name):
 
 @pytest.mark.parametrize("labels", ["sampled", "empirical"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_batches_do_not_matter(name, labels):
+def test_the_division_into_batches_changes_no_value(name, labels):
     network = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
     inputs, targets = torch.randn(SAMPLES, 5, dtype=torch.float64), targets_for(name)
     one, seven, many = (
@@ -53,7 +54,7 @@ def test_batches_do_not_matter(name, labels):
     assert all(value.abs().max() > 0 for value in many.values())
 
 
-def test_batches_do_not_matter_to_convolutions():
+def test_the_division_into_batches_changes_no_value_of_convolutions():
     network = NETWORKS["conv2d"][0]().double()
     inputs = torch.randn(66, 2, 8, 8, dtype=torch.float64)
     one, seven, many = (
@@ -63,23 +64,33 @@ def test_batches_do_not_matter_to_convolutions():
     assert_same(seven, many)
 
 
-def test_the_generator_decides_on_the_labels():
+def poisson(output):
+    return D.Poisson(output.exp())  # has no quantile function
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", poisson])
+def test_the_generator_determines_the_labels(likelihood):
     network, batch = nn.Linear(5, 3), (torch.randn(SAMPLES, 5), None)
-    first, again = diagonal_fisher(network, [batch]), diagonal_fisher(network, [batch])
-    seeded = [diagonal_fisher(network, [batch], generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
-    assert torch.equal(first["weight"], again["weight"])
-    assert torch.equal(first["weight"], seeded[0]["weight"])
-    assert not torch.equal(first["weight"], seeded[1]["weight"])
+
+    def estimate(generator=None):
+        torch.rand(1)  # moves the global generator, which must not matter
+        return diagonal_fisher(network, [batch], likelihood, generator=generator)["weight"]
+
+    first, again = estimate(), estimate()
+    seeded = [estimate(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    assert torch.equal(first, again)
+    assert torch.equal(first, seeded[0])
+    assert not torch.equal(first, seeded[1])
 
 
-def test_the_generator_gives_one_number_a_label():
+def test_each_label_takes_one_random_number():
     generator, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     diagonal_fisher(nn.Linear(5, 3), [(torch.randn(10, 5), None)], generator=generator)
     torch.rand(10, dtype=torch.float64, generator=plain)
     assert torch.equal(generator.get_state(), plain.get_state())
 
 
-def test_sampled_converges_to_the_analytic_fisher():
+def test_sampled_labels_give_the_analytic_fisher():
     layer = nn.Linear(4, 3).double()
     inputs = torch.randn(10, 4, dtype=torch.float64)
     p = layer(inputs).softmax(-1).detach()
@@ -104,7 +115,7 @@ def test_sampled_converges_to_the_analytic_fisher():
         ),
     ],
 )
-def test_every_kind_of_draw(likelihood, information):
+def test_every_distribution_gives_its_analytic_fisher(likelihood, information):
     layer = nn.Linear(4, 2).double()
     inputs = torch.randn(10, 4, dtype=torch.float64)
     expected = information(layer(inputs).detach()).T @ inputs**2 / len(inputs)
@@ -120,6 +131,71 @@ def test_a_class_without_probability_is_never_drawn():
     assert all(value.abs().max() == 0 for value in found.values())
 
 
+CERTAIN = torch.full((20_000, 4), -1e4).index_fill(1, torch.tensor(2), 1e4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(
+    ("likelihood", "label", "others"),
+    [
+        ("categorical", 2, 3 / 4),
+        (lambda out: D.Categorical(logits=out), 2, 3 / 4),
+        ("bernoulli", CERTAIN > 0, 1 / 2),
+        (lambda out: D.Bernoulli(logits=out), CERTAIN > 0, 1 / 2),
+        (lambda out: D.Independent(D.Bernoulli(logits=out), 1), CERTAIN > 0, 1 / 2),
+    ],
+)
+def test_smoothing_is_the_share_of_labels_drawn_uniformly(likelihood, label, others, smoothing):
+    found = find_likelihood(likelihood, torch.device("cpu"), smoothing)
+    drawn = found.draw(CERTAIN, None, Draws(torch.Generator().manual_seed(0)))
+    assert (drawn != label).double().mean().item() == pytest.approx(smoothing * others, abs=0.01)
+
+
+def drawn_by(likelihood, output, draws):
+    return find_likelihood(likelihood, torch.device("cpu"), 0.0).draw(output, None, draws)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_distribution_without_quantiles_takes_one_random_number_per_batch(batches):
+    generator, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for _ in range(batches):
+        drawn_by(poisson, torch.zeros(10, 4), Draws(generator))
+        torch.randint(2**62, (), generator=plain)
+    assert torch.equal(generator.get_state(), plain.get_state())
+
+
+def test_processes_draw_different_labels_from_a_distribution_without_quantiles():
+    output = torch.zeros(10, 4)
+    first, second = (
+        drawn_by(poisson, output, Draws(torch.Generator().manual_seed(3), rank, 2)) for rank in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_most_extreme_random_numbers_give_finite_labels_of_the_range(monkeypatch, name, dtype, extreme):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, extreme, dtype=torch.float64))
+    output = torch.randn(200, 3, dtype=dtype)
+    labels = drawn_by(LIKELIHOODS[name], output, Draws(torch.Generator()))
+    assert labels.isfinite().all()
+    if name in ("categorical", "classes"):
+        assert labels.unique().tolist() == [2 if extreme else 0]
+    else:
+        assert labels.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_targets_may_have_any_integer_type(dtype):
+    layer, inputs, targets = nn.Linear(5, 3).double(), torch.randn(9, 5).double(), torch.randint(3, (9,))
+    found = diagonal_fisher(layer, [(inputs, targets.to(dtype))], labels="empirical")
+    assert_same(found, slow_fisher(layer, (inputs,), targets))
+    yes = torch.randint(2, (9, 3))
+    found = diagonal_fisher(layer, [(inputs, yes.to(dtype))], "bernoulli", labels="empirical")
+    assert_same(found, slow_fisher(layer, (inputs,), yes.double(), bernoulli))
+
+
 def pixels():
     return nn.Conv2d(2, 3, 3, padding=1).double(), torch.randn(9, 2, 4, 5, dtype=torch.float64), (4, 5)
 
@@ -129,7 +205,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("make", [pixels, tokens])
-def test_pixels_and_tokens(make):
+def test_pixels_and_tokens_are_exact(make):
     network, inputs, shape = make()
     targets = torch.randint(3, (9, *shape))
     targets[targets.new_zeros(targets.shape).bernoulli(0.3).bool()] = -100
@@ -143,25 +219,25 @@ def test_pixels_and_tokens(make):
     assert_same(found, slow_fisher(network, (inputs,), targets, log_prob))
 
 
-def test_classes_come_first_where_both_dimensions_fit():
+def test_classes_are_in_dimension_1_where_both_dimensions_fit():
     network, inputs = nn.Linear(4, 3).double(), torch.randn(9, 3, 4, dtype=torch.float64)
     targets = torch.randint(3, (9, 3))
     found = diagonal_fisher(network, [(inputs, targets)], labels="empirical")
     assert_same(found, slow_fisher(network, (inputs,), targets))
 
 
-def test_sampled_leaves_out_the_same_positions():
+def test_sampled_labels_leave_out_ignored_positions():
     network, inputs, shape = tokens()
     targets = torch.zeros(9, *shape, dtype=torch.long)
     targets[:, 3:] = -100
     found = diagonal_fisher(network, [(inputs, targets)])
-    inputs[:, 3:] = 1e3  # where no label counts, the inputs do not count
+    inputs[:, 3:] = 1e3  # inputs at ignored positions have no effect
     again = diagonal_fisher(network, [(inputs, targets)])
     assert_same(found, again)
     assert found["weight"].max() < 1e2
 
 
-def test_sampled_pixels_are_drawn_each_by_itself():
+def test_each_pixel_has_its_own_label():
     layer = nn.Conv2d(1, 2, 1, bias=False).double()
     inputs = torch.ones(2_000, 1, 3, 3, dtype=torch.float64)
     p = layer(inputs[:1]).softmax(1)[0, 0, 0, 0].item()
@@ -170,7 +246,7 @@ def test_sampled_pixels_are_drawn_each_by_itself():
     assert found["weight"].flatten().tolist() == pytest.approx([9 * p * (1 - p)] * 2, rel=0.1)
 
 
-def test_an_output_with_logits():
+def test_the_logits_may_be_an_attribute_of_the_output():
     layer, inputs, targets = nn.Linear(5, 3).double(), torch.randn(9, 5).double(), torch.randint(3, (9,))
     wrapped = nn.Sequential(layer, Apply(lambda x: SimpleNamespace(logits=x)))
     found = diagonal_fisher(wrapped, [(inputs, targets)], labels="empirical")

@@ -1,4 +1,4 @@
-"""Squared gradients of the parameters that rules serve, all from one backward pass."""
+"""Squared gradients of all parameters with a rule, from one backward pass."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_blip.fisher.gradients import Observer, Pulled, SampleGradients, add, at_least_single
-from lightning_blip.fisher.layout import ALONE, Layout
+from lightning_blip.fisher.gradients import (
+    ChainRule,
+    Observer,
+    SampleGradients,
+    at_least_single,
+    sum_of_uses,
+)
+from lightning_blip.fisher.layout import SINGLE_SAMPLE, Layout
 from lightning_blip.fisher.recorder import Call, Key, Recorder, Use, backward
 
 
 @dataclass
-class Ruled:
-    """The ``parameters`` that rules serve, by name, and for each kind of call where it has its samples."""
+class RuleBased:
+    """Per-sample gradients by rules.
+
+    Attributes:
+        parameters: The parameters with a rule, by name.
+        layouts: Where the samples are in the output of each call.
+    """
 
     parameters: dict[str, nn.Parameter]
     layouts: Mapping[Key, Layout]
 
     def covers(self, recorder: Recorder, count: int) -> bool:
-        """Whether these calls on ``count`` samples are such that the rules' gradients are complete."""
-        if recorder.unruled & self.parameters.keys():
+        """Return whether the rules give complete gradients for these calls on ``count`` samples."""
+        if recorder.without_rule & self.parameters.keys():
             return False
         return count == 1 or all(
             call.key in self.layouts and self.layouts[call.key].fits(call.shape, count)
@@ -39,10 +50,18 @@ class Ruled:
         sums: Mapping[str, Tensor],
         observers: Sequence[Observer] = (),
     ) -> None:
-        """Adds the squared gradients of each sample's part of ``total`` to ``sums``, by parameter name."""
-        several: defaultdict[str, list[SampleGradients]] = defaultdict(list)
+        """Run the backward pass of ``total`` and add the squares of its per-sample gradients to ``sums``.
+
+        Args:
+            total: The sum of the samples' log-probabilities.
+            recorder: The calls of its forward pass.
+            count: The number of samples.
+            sums: The sums of squares, by parameter name.
+            observers: They receive the gradients too.
+        """
+        parts: defaultdict[str, list[SampleGradients]] = defaultdict(list)
         uses: defaultdict[Call, list[tuple[Use, str]]] = defaultdict(list)
-        alone = self._used_once_and_directly(recorder)
+        used_once = self._used_once_and_directly(recorder)
         for call, use, name in self._uses(recorder):
             uses[call].append((use, name))
 
@@ -54,27 +73,27 @@ class Ruled:
         def receive(call: Call, grad: Tensor) -> None:
             for use, name in uses.pop(call):
                 gradients = self.gradients(call, use, name, grad, count)
-                if name in alone:
+                if name in used_once:
                     finish(name, gradients)
                 else:
-                    several[name].append(gradients)
+                    parts[name].append(gradients)
 
         for call in uses:
-            call.receive = partial(receive, call)
+            call.on_gradient = partial(receive, call)
         backward(total, recorder.calls)
-        with torch.no_grad():  # inputs of later layers have a graph, which sums must not keep
-            for name in list(several):
-                finish(name, add(several.pop(name)))
+        with torch.no_grad():  # inputs of later layers have a graph, which the sums must not keep
+            for name in list(parts):
+                finish(name, sum_of_uses(parts.pop(name)))
 
     def gradients(self, call: Call, use: Use, name: str, grad: Tensor, count: int) -> SampleGradients:
-        """What one use of a parameter adds to its gradients, from the gradient of the call's output."""
-        layout = ALONE if count == 1 else self.layouts[call.key]
-        gradients = use.gradients(at_least_single(grad), partial(layout.first, count=count))
+        """Return the gradients of one use of a parameter, from the gradient ``grad`` of the call's output."""
+        layout = SINGLE_SAMPLE if count == 1 else self.layouts[call.key]
+        gradients = use.gradients(at_least_single(grad), partial(layout.samples_first, count=count))
         parameter = self.parameters[name]
-        return gradients if use.tensor is parameter else Pulled(gradients, use.tensor, parameter)
+        return gradients if use.tensor is parameter else ChainRule(gradients, use.tensor, parameter)
 
     def uses_of(self, recorder: Recorder, name: str) -> list[tuple[Call, Use]]:
-        """Where a parameter was used, in the order of the calls."""
+        """Return the uses of a parameter, in the order of the calls."""
         return [(call, use) for call, use, used in self._uses(recorder) if used == name]
 
     def _uses(self, recorder: Recorder) -> Iterator[tuple[Call, Use, str]]:
@@ -84,7 +103,7 @@ class Ruled:
                     yield call, use, name
 
     def _used_once_and_directly(self, recorder: Recorder) -> set[str]:
-        """Parameters whose squares can be added, and their gradients freed, within the backward pass."""
+        """Return the parameters whose squares can be added, and gradients freed, during the backward pass."""
         uses: defaultdict[str, list[Use]] = defaultdict(list)
         for _, use, name in self._uses(recorder):
             uses[name].append(use)
