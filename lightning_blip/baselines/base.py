@@ -106,26 +106,6 @@ def part_of(module: nn.Module, name: str, argument: str) -> nn.Module:
     return parts[name]
 
 
-def check_samples(samples: int) -> None:
-    """Check a number of samples to measure.
-
-    Args:
-        samples: The number.
-
-    Raises:
-        ValueError: If it is not positive.
-
-    Example:
-        >>> check_samples(0)
-        Traceback (most recent call last):
-        ValueError: samples=0 must be at least 1: the number of training samples measured per task
-    """
-    if not samples >= 1:
-        raise ValueError(
-            f"samples={samples} must be at least 1: the number of training samples measured per task"
-        )
-
-
 def check_full_precision(method: str, trainer: pl.Trainer) -> None:
     """Check that a Trainer does not train in mixed precision.
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lightning_blip.baselines.base import check_samples, task_batches
+from lightning_blip.baselines.base import task_batches
 from lightning_blip.baselines.parameters import tracked
 from lightning_blip.baselines.quadratic import QuadraticPenalty
 from lightning_blip.fisher import diagonal_fisher
-from lightning_blip.fisher.likelihood import find_likelihood
+from lightning_blip.fisher.arguments import check_likelihood, check_samples
 from lightning_blip.optim.optimizer import check_strengths
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
@@ -68,7 +68,7 @@ class EWC(QuadraticPenalty):
     ) -> None:
         check_strengths(strength=strength)
         check_samples(samples)
-        find_likelihood(likelihood, torch.device("cpu"), smoothing=0.0)
+        check_likelihood(likelihood)
         super().__init__(stiffness=strength)
         self.strength = strength
         self.samples = samples

@@ -13,8 +13,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_blip.baselines.base import Baseline, check_full_precision, check_samples, task_batches
+from lightning_blip.baselines.base import Baseline, check_full_precision, task_batches
 from lightning_blip.baselines.parameters import tracked
+from lightning_blip.fisher.arguments import check_samples
 from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.samples import call_arguments, read_batches

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_blip.baselines.base import check_samples, task_batches
+from lightning_blip.baselines.base import task_batches
 from lightning_blip.baselines.parameters import tracked
 from lightning_blip.baselines.quadratic import QuadraticPenalty
+from lightning_blip.fisher.arguments import check_samples
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.samples import read_batches

@@ -261,6 +261,25 @@ def test_batches_may_have_sequences_of_different_lengths():
     assert_same(diagonal_fisher(network, parts, labels="empirical"), mean)
 
 
+class ByLength(nn.Module):
+    """Uses one layer for short sequences and another for long ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.short, self.long = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return (self.short if x.shape[1] < 3 else self.long)(x).tanh().sum(1)
+
+
+def test_a_layer_that_only_a_later_batch_uses_is_exact():
+    network = ByLength().double()
+    parts = [(torch.randn(4, length, 4, dtype=torch.float64), torch.randint(3, (4,))) for length in (2, 3, 2)]
+    first, second, third = (slow_fisher(network, inputs, targets) for inputs, targets in parts)
+    mean = {name: (first[name] + second[name] + third[name]) / 3 for name in first}
+    assert_same(diagonal_fisher(network, parts, labels="empirical"), mean)
+
+
 def test_a_module_without_a_backward_pass_is_refused():
     class Never(torch.autograd.Function):
         @staticmethod

@@ -151,6 +151,29 @@ def test_smoothing_is_the_share_of_labels_drawn_uniformly(likelihood, label, oth
     assert (drawn != label).double().mean().item() == pytest.approx(smoothing * others, abs=0.01)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("likelihood", "information"),
+    [
+        ("categorical", [1 / 3, 1 / 3, 2 / 3]),
+        (lambda out: D.Categorical(logits=out), [1 / 3, 1 / 3, 2 / 3]),
+        ("bernoulli", [1 / 2, 1 / 2, 1 / 2]),
+        (lambda out: D.Independent(D.Bernoulli(logits=out), 1), [1 / 2, 1 / 2, 1 / 2]),
+    ],
+)
+def test_the_information_of_a_certain_model_is_the_share_of_smoothed_labels(
+    likelihood, information, smoothing
+):
+    layer = nn.Linear(1, 3)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([-1e4, -1e4, 1e4]))
+    found = diagonal_fisher(layer, [(torch.zeros(20_000, 1), None)], likelihood, smoothing=smoothing)
+    # A label that differs from the certain one has the gradient ±1.
+    expected = [smoothing * share for share in information]
+    assert found["bias"].tolist() == pytest.approx(expected, abs=0.01)
+
+
 def drawn_by(likelihood, output, draws):
     return find_likelihood(likelihood, torch.device("cpu"), 0.0).draw(output, None, draws)
 
