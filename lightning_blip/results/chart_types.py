@@ -18,8 +18,8 @@ class Point:
     Attributes:
         x: Such as the position in the sequence, in tasks.
         y: The value.
-        tip: What is shown when a reader points at it.
-        boundary: Whether it was measured at the end of a task, after bits were frozen.
+        tip: The text that appears when a reader points at it.
+        boundary: Whether the value was measured at the end of a task, after bits were frozen.
     """
 
     x: float
@@ -67,7 +67,7 @@ class LineChart:
         y: The axis of values.
         y_name: What the values are, with their unit.
         tasks: The names of all tasks; task i lies between the positions i and i + 1.
-        lines: Those with at least one point that can be drawn.
+        lines: The lines with at least one point that can be drawn.
         labels: One per line, or none if there are too many.
     """
 
@@ -92,7 +92,7 @@ class Cell:
         fill: The colour of the cell.
         ink: The colour of the number in it.
         text: The number.
-        tip: What is shown when a reader points at it.
+        tip: The text that appears when a reader points at it.
     """
 
     learned: int
@@ -113,7 +113,7 @@ class HeatMap:
         scale: The axis of the colours.
         unit: What the scores are, with their unit.
         names: The index, the short name and the full name of each task whose name has room at the axes.
-        cells: Those that were measured.
+        cells: The entries of R that were measured.
         numbers: Whether there is room for the numbers in the cells.
     """
 

@@ -45,7 +45,7 @@ class Scales:
     """The unit and the axes that the charts of several runs share, so that the runs can be compared.
 
     Attributes:
-        unit: Of all scores.
+        unit: The unit of all scores.
         scores: The axis of scores over the sequence.
         heat: The axis of the scores in R.
         capacity: The axis of the used capacity, in %.
@@ -71,7 +71,7 @@ def task_scores(record: RunRecord, scales: Scales) -> LineChart:
 
     Args:
         record: What the run measured.
-        scales: Those of all runs that are compared.
+        scales: The scales of all runs that are compared.
     """
     unit, tasks = scales.unit, record.tasks
     lines = [
@@ -93,7 +93,7 @@ def mean_scores(runs: Sequence[Run], unit: Unit) -> LineChart:
 
     Args:
         runs: At least one.
-        unit: Of all their scores.
+        unit: The unit of all scores.
     """
     name = unit.name(runs[0].record.metric)
     means = [_means(run.record, unit) for run in runs]
@@ -104,7 +104,7 @@ def predicted_forgetting(runs: Sequence[Run]) -> LineChart:
     """Return the chart of the forgetting that BLIP predicted while tasks were trained, one line per run.
 
     Args:
-        runs: Those in which BLIP predicted any; at least one.
+        runs: The runs in which BLIP predicted forgetting; at least one.
     """
     values = [[(one.position, one.forgetting, False) for one in run.record.predicted] for run in runs]
     return _one_line_per_run("Predicted forgetting", "nats per sample", runs, values, Unit(percent=False))
@@ -115,7 +115,7 @@ def score_matrix(record: RunRecord, scales: Scales) -> HeatMap:
 
     Args:
         record: What the run measured.
-        scales: Those of all runs that are compared.
+        scales: The scales of all runs that are compared.
     """
     unit, tasks = scales.unit, record.tasks
     cells = []
@@ -138,8 +138,8 @@ def used_capacity(record: RunRecord, scales: Scales) -> BarChart:
     """Return the chart of the used capacity: the frozen share of all bits after each task, by layer.
 
     Args:
-        record: Of a run with BLIP.
-        scales: Those of all runs that are compared.
+        record: What a run with BLIP measured.
+        scales: The scales of all runs that are compared.
     """
     tasks, last = record.tasks, record.frozen[-1]
     groups = last.grouped(len(last.layers) if len(last.layers) <= _MOST_LAYERS else _MOST_LAYERS - 1)
@@ -165,7 +165,7 @@ def bit_histograms(runs: Sequence[Run]) -> list[tuple[Run, dict[str, BarChart]]]
     """Return the histograms of the frozen bits after the last task, on the same axes for all layers and runs.
 
     Args:
-        runs: Those without BLIP are left out.
+        runs: The runs that are compared; those without BLIP are left out.
 
     Returns:
         Each run, with a histogram per layer, by the name of the layer.

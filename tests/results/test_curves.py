@@ -223,8 +223,8 @@ def test_a_fit_without_validation_writes_nothing(tmp_path):
 def test_the_fit_says_where_table_and_picture_are(tmp_path, caplog):
     with caplog.at_level("INFO"):
         fit(ForgettingCurves("val_acc"), max_epochs=2, default_root_dir=tmp_path)
-    told = [message for message in caplog.messages if message.startswith("Forgetting curves: ")]
-    assert told == [f"Forgetting curves: {tmp_path / 'forgetting.csv'} and {tmp_path / 'forgetting.png'}"]
+    shown = [message for message in caplog.messages if message.startswith("Forgetting curves: ")]
+    assert shown == [f"Forgetting curves: {tmp_path / 'forgetting.csv'} and {tmp_path / 'forgetting.png'}"]
 
 
 def test_a_metric_that_is_never_logged_is_refused_by_name(tmp_path):

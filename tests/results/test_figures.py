@@ -29,6 +29,8 @@ def test_curves_have_the_points_colours_and_axes_of_the_chart():
         np.testing.assert_array_equal(shown.get_ydata(), [point.y for point in line.points])
     rings = [line for line in axes.lines if line.get_marker() == "o"]
     assert [len(ring.get_xdata()) for ring in rings] == [2, 2, 1]
+    boundaries = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert boundaries == [1, 2]
     assert texts == ["90.2  task_2", "76.8  task_1", "63.3  task_0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == [text for _, text in chart.y.ticks]
     assert (axes.get_xlim(), axes.get_ylabel()) == ((0.0, 3.0), "val_acc in %")
