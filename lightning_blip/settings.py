@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
-from typing_extensions import Self
 
 from lightning_blip.fisher.arguments import check_labels, check_likelihood, check_samples, check_smoothing
 from lightning_blip.frozen.base import Freezing
@@ -23,6 +22,19 @@ Auto = Literal["auto"]
 
 # A run that is resumed must have the values of these settings that it began with.
 _FIXED = ("prior", "max_bits", "rule", "cell", "basis", "rank", "pull", "damping", "norm_stats", "fan")
+
+
+#: The paper's preset, see :meth:`lightning_blip.BLIP.paper`.
+PAPER: dict[str, Any] = {
+    "rule": "paper",
+    "cell": "paper",
+    "scale": 0.0,
+    "pull": 0.0,
+    "damping": 0.0,
+    "average": False,
+    "smoothing": 0.0,
+    "norm_stats": "shared",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,59 +134,6 @@ class Settings:
         check_samples(self.samples)
         check_smoothing(self.smoothing)
         check_labels(self.labels)
-
-    @classmethod
-    def paper(
-        cls,
-        prior: float = 1e-15,
-        max_bits: int = LARGEST_MAX_BITS,
-        samples: int = 8_000,
-        likelihood: Likelihood = "categorical",
-        labels: Labels = "sampled",
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        fan: FanName = "in",
-        batch_size: int = 100,
-    ) -> Self:
-        """Return BLIP as in the paper, to the letter.
-
-        The paper's settings are ``BLIP.paper(prior=1e-15)`` for MNIST and ``BLIP.paper(prior=5e-18,
-        fan="max", batch_size=62)`` for Atari, where weights are initialised orthogonally and the information
-        was measured on a rollout of 2,000 steps in 32 parts.
-
-        Args:
-            prior: F_prior on the scale of the paper's code, see ``batch_size``.
-            max_bits: See :class:`Settings`, as for the other arguments.
-            samples: The number of samples of the estimate.
-            likelihood: The distribution that the network's output stands for.
-            labels: Sampled or empirical.
-            include: Patterns of parameters to track.
-            exclude: Patterns of parameters to leave alone.
-            fan: The size of a layer that bound and prior depend on.
-            batch_size: The size of the batches over which the paper's code averages its loss before it
-                squares the gradients: ``prior`` is converted to the scale of the true Fisher information,
-                which is ``batch_size``² times as large. The paper's code has 100 in its experiments with
-                images, 10 for mini-ImageNet and 62 for Atari. Your own batch size has no influence.
-
-        Returns:
-            The callback.
-
-        Raises:
-            ValueError: If an argument is not allowed.
-
-        Example:
-            >>> from lightning_blip import BLIP
-            >>> blip = BLIP.paper()
-            >>> blip.rule, blip.cell, blip.scale, blip.pull
-            ('paper', 'paper', 0.0, 0.0)
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1: that of the paper's code is 100")
-        return cls(
-            prior=prior * batch_size**2, max_bits=max_bits, rule="paper", cell="paper", scale=0.0, pull=0.0,
-            damping=0.0, average=False, smoothing=0.0, samples=samples, likelihood=likelihood, labels=labels,
-            include=include, exclude=exclude, norm_stats="shared", fan=fan,
-        )  # fmt: skip
 
     @property
     def freezing(self) -> Freezing:
