@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -45,9 +44,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def held_bytes(holder: object, beside: nn.Module) -> int:
-    """Return the memory of the tensors that an object holds, without those of a network and of optimizers.
-
-    Optimizers are left out since they live for one task only.
+    """Return the memory of the tensors that an object holds, without those of a network.
 
     Args:
         holder: An object of this project or a container; its attributes or items are searched.
@@ -65,7 +62,7 @@ def held_bytes(holder: object, beside: nn.Module) -> int:
     total, left = 0, [holder]
     while left:
         thing = left.pop()
-        if id(thing) in seen or thing is beside or isinstance(thing, Optimizer):
+        if id(thing) in seen or thing is beside:
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):

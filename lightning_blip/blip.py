@@ -231,6 +231,12 @@ class BLIP(Settings, ByHand, Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_end = on_predict_end = on_validation_end
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizers when a fit has ended."""
+        for optimizer in self._optimizers:
+            optimizer.unwrap()
+        self._optimizers = []
+
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import copy
 import csv
+import gc
 import io
 import math
+import weakref
 from itertools import count
 
 import pytest
@@ -566,3 +568,15 @@ def test_a_progress_bar_shows_in_a_terminal_while_a_long_estimate_runs(monkeypat
     monkeypatch.setattr(tqdm.std, "time", lambda: next(clock))
     BLIP().consolidate(nn.Linear(8, 6), loader())
     assert ("Fisher information" in screen.getvalue()) is shown
+
+
+def test_a_blip_holds_no_optimizer_after_a_fit():
+    blip = BLIP(prior=1e-4)
+    trainer = fit(blip)
+    (wrapper,) = trainer.strategy.optimizers
+    assert isinstance(wrapper, FrozenBitsOptimizer)
+    gone = weakref.ref(wrapper)
+    del trainer, wrapper
+    gc.collect()
+    assert gone() is None
+    assert blip.tasks_learned == 3
