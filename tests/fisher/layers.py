@@ -85,6 +85,31 @@ class Windows(nn.Module):
         return x.transpose(0, 1) + self.table[self.index]
 
 
+class Written(nn.Module):
+    """Writes samples into a tensor that depends on no sample before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.rand(4))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.zeros_like(self.token).repeat(len(x), 1)
+        tokens += x
+        return self.last((tokens * self.scale + self.token).tanh())
+
+
+class Places(nn.Module):
+    """Adds a table of positions, looked up by ``torch.arange``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions(torch.arange(x.shape[1]))
+
+
 class Packed(nn.Module):
     """Packed sequences of different lengths, which have no rule."""
 
@@ -121,6 +146,17 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         again = torch.utils.checkpoint.checkpoint
         return self.last(again(lambda x: self.inner(x).tanh(), x, use_reentrant=False))
+
+
+class ScaledSum(nn.Module):
+    """``addmm`` with both of its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=2, alpha=0.5)
 
 
 class Exponent(nn.Module):
@@ -251,7 +287,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "lstm cell": (lambda: Pooled(Steps(nn.LSTMCell(4, 5, bias=False)), 5), _floats(*_sequence)),
     "tokens": (lambda: Pooled(Tokens(), 4, dim=2), _floats(*_sequence)),
     "low rank": (lambda: Pooled(LowRank(), 5, dim=2), _floats(3, 4)),
+    "scaled sum": (lambda: Pooled(ScaledSum(), 6), _floats(4)),
     "arithmetic": (lambda: Pooled(Arithmetic(), 4), _floats(4)),
+    "written": (Written, _floats(4)),
+    "places": (lambda: Pooled(Places(), 4, dim=2), _floats(*_sequence)),
     "windows": (lambda: Pooled(Windows(), 4, dim=2), _floats(*_sequence)),
     "checkpointed": (Checkpointed, _floats(5)),
     "spectral norm": (
