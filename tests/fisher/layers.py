@@ -86,17 +86,17 @@ class Windows(nn.Module):
 
 
 class Written(nn.Module):
-    """Writes samples into a tensor that depends on no sample before."""
+    """Writes samples in place into a tensor that is computed from a buffer alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.rand(4))
-        self.last = nn.Linear(4, 3)
+        self.scale, self.last = nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+        self.register_buffer("empty", torch.zeros(SAMPLES, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.zeros_like(self.token).repeat(len(x), 1)
-        tokens += x
-        return self.last((tokens * self.scale + self.token).tanh())
+        rows = self.empty[: len(x)].clone()
+        rows += x
+        return self.last((rows * self.scale).tanh())
 
 
 class Places(nn.Module):
@@ -170,6 +170,29 @@ class Exponent(nn.Module):
         return torch.einsum("bi,io->bo", x.abs() ** self.exponent, self.weight)
 
 
+class HeldExponent(nn.Module):
+    """A power whose exponent is used through a list, so that ``torch.func`` cannot replace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent, self.last = nn.Parameter(torch.rand(5) + 1), nn.Linear(5, 3)
+
+    def double(self) -> HeldExponent:
+        super().double()
+        self.held = [self.exponent]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.abs() ** self.held[0])
+
+
+def _padded_tokens() -> Tensor:
+    """Return tokens of which the first sample has only the padding, 2."""
+    tokens = torch.randint(6, (SAMPLES, 5))
+    tokens[0] = 2
+    return tokens
+
+
 def _attention(**options: Any) -> nn.Module:
     return Pooled(nn.MultiheadAttention(4, 2, **options), 4, dim=2 if options.get("batch_first") else 0)
 
@@ -241,6 +264,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
     "embedding of one token": (lambda: Pooled(nn.Embedding(6, 4), 4), _tokens()),
     "embedding bag": (lambda: Pooled(nn.EmbeddingBag(6, 4, padding_idx=2), 4), _tokens(5)),
+    "embedding bag of padding": (lambda: Pooled(nn.EmbeddingBag(6, 4, padding_idx=2), 4), _padded_tokens),
     "weighted embedding bag": (WeightedBag, _tokens(5)),
     "layer norm": (lambda: _normed(nn.LayerNorm([4, 5])), _floats(4, 5)),
     "layer norm without bias": (lambda: _normed(nn.LayerNorm(5, bias=False)), _floats(4, 5)),
@@ -310,6 +334,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 # Networks in which some parameter has no rule.
 UNRULED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "exponent": (Exponent, _floats(5)),
+    "held exponent": (HeldExponent, _floats(5)),
     "packed": (Packed, lambda: (_floats(*_sequence)(), torch.randint(1, 7, (SAMPLES,)))),
     "max embedding bag": (lambda: Pooled(nn.EmbeddingBag(6, 4, mode="max"), 4), _tokens(5)),
 }
