@@ -20,7 +20,11 @@ IGNORED = -100
 
 @contextmanager
 def _without_validation() -> Iterator[None]:
-    # Validation reads the values of tensors, which vmap does not allow.
+    """Turn off the validation of distributions.
+
+    It reads the values of tensors, which vmap does not allow in some versions of torch, and its errors do not
+    name the batch.
+    """
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:

@@ -85,6 +85,31 @@ class Windows(nn.Module):
         return x.transpose(0, 1) + self.table[self.index]
 
 
+class Written(nn.Module):
+    """Writes samples in place into a tensor that is computed from a buffer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+        self.register_buffer("empty", torch.zeros(SAMPLES, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.empty[: len(x)].clone()
+        rows += x
+        return self.last((rows * self.scale).tanh())
+
+
+class Places(nn.Module):
+    """Adds a table of positions, looked up by ``torch.arange``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions(torch.arange(x.shape[1]))
+
+
 class Packed(nn.Module):
     """Packed sequences of different lengths, which have no rule."""
 
@@ -123,6 +148,17 @@ class Checkpointed(nn.Module):
         return self.last(again(lambda x: self.inner(x).tanh(), x, use_reentrant=False))
 
 
+class ScaledSum(nn.Module):
+    """``addmm`` with both of its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=2, alpha=0.5)
+
+
 class Exponent(nn.Module):
     """A power and an ``einsum``, which have no rule."""
 
@@ -132,6 +168,29 @@ class Exponent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bi,io->bo", x.abs() ** self.exponent, self.weight)
+
+
+class HeldExponent(nn.Module):
+    """A power whose exponent is used through a list, so that ``torch.func`` cannot replace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent, self.last = nn.Parameter(torch.rand(5) + 1), nn.Linear(5, 3)
+
+    def double(self) -> HeldExponent:
+        super().double()
+        self.held = [self.exponent]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.abs() ** self.held[0])
+
+
+def _padded_tokens() -> Tensor:
+    """Return tokens of which the first sample has only the padding, 2."""
+    tokens = torch.randint(6, (SAMPLES, 5))
+    tokens[0] = 2
+    return tokens
 
 
 def _attention(**options: Any) -> nn.Module:
@@ -205,6 +264,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
     "embedding of one token": (lambda: Pooled(nn.Embedding(6, 4), 4), _tokens()),
     "embedding bag": (lambda: Pooled(nn.EmbeddingBag(6, 4, padding_idx=2), 4), _tokens(5)),
+    "embedding bag of padding": (lambda: Pooled(nn.EmbeddingBag(6, 4, padding_idx=2), 4), _padded_tokens),
     "weighted embedding bag": (WeightedBag, _tokens(5)),
     "layer norm": (lambda: _normed(nn.LayerNorm([4, 5])), _floats(4, 5)),
     "layer norm without bias": (lambda: _normed(nn.LayerNorm(5, bias=False)), _floats(4, 5)),
@@ -251,7 +311,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "lstm cell": (lambda: Pooled(Steps(nn.LSTMCell(4, 5, bias=False)), 5), _floats(*_sequence)),
     "tokens": (lambda: Pooled(Tokens(), 4, dim=2), _floats(*_sequence)),
     "low rank": (lambda: Pooled(LowRank(), 5, dim=2), _floats(3, 4)),
+    "scaled sum": (lambda: Pooled(ScaledSum(), 6), _floats(4)),
     "arithmetic": (lambda: Pooled(Arithmetic(), 4), _floats(4)),
+    "written": (Written, _floats(4)),
+    "places": (lambda: Pooled(Places(), 4, dim=2), _floats(*_sequence)),
     "windows": (lambda: Pooled(Windows(), 4, dim=2), _floats(*_sequence)),
     "checkpointed": (Checkpointed, _floats(5)),
     "spectral norm": (
@@ -271,6 +334,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 # Networks in which some parameter has no rule.
 UNRULED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "exponent": (Exponent, _floats(5)),
+    "held exponent": (HeldExponent, _floats(5)),
     "packed": (Packed, lambda: (_floats(*_sequence)(), torch.randint(1, 7, (SAMPLES,)))),
     "max embedding bag": (lambda: Pooled(nn.EmbeddingBag(6, 4, mode="max"), 4), _tokens(5)),
 }

@@ -168,12 +168,19 @@ def test_complex_and_integer_parameters_are_refused():
         diagonal_fisher(layer, [data()], parameters=["count"])
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", lambda out: D.Categorical(logits=out)])
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_log_probability_that_is_not_finite_is_refused(bad):
+def test_a_log_probability_that_is_not_finite_is_refused(bad, likelihood):
     batches = [data(4) for _ in range(3)]
     batches[bad][0][3, 0] = torch.inf if bad else torch.nan
     with pytest.raises(FloatingPointError, match=f"batch {bad} is not finite"):
-        diagonal_fisher(nn.Linear(5, 3), batches)
+        diagonal_fisher(nn.Linear(5, 3), batches, likelihood)
+
+
+def test_inputs_may_require_gradients():
+    layer, (inputs, targets) = nn.Linear(5, 3), data()
+    found = diagonal_fisher(layer, [(inputs.clone().requires_grad_(), targets)])
+    assert torch.equal(found["weight"], diagonal_fisher(layer, [(inputs, targets)])["weight"])
 
 
 @pytest.mark.parametrize("first", [4, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import distributions as D
 from torch import nn
 
 from lightning_blip.fisher import diagonal_fisher
@@ -174,7 +175,9 @@ def test_parameters_without_gradients_are_left_out():
     assert_same(found, {name: expected[name] for name in ("2.weight", "2.bias")})
 
 
-def test_the_fallback_is_vectorised_where_possible(monkeypatch):
+@pytest.fixture
+def no_batch_is_looped(monkeypatch):
+    """Fails where the fallback takes the samples of a batch one by one."""
     looped = Fallback._looped_squares
 
     def refuse_batches(self, batch):
@@ -182,8 +185,15 @@ def test_the_fallback_is_vectorised_where_possible(monkeypatch):
         return looped(self, batch)
 
     monkeypatch.setattr(Fallback, "_looped_squares", refuse_batches)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", lambda out: D.Categorical(logits=out)])
+def test_the_fallback_is_vectorised_where_possible(likelihood, no_batch_is_looped):
     network, inputs = UNRULED["exponent"]
-    diagonal_fisher(network().double(), in_batches(inputs(), torch.randint(3, (7,)), 4))
+    diagonal_fisher(network().double(), in_batches(inputs(), torch.randint(3, (7,)), 4), likelihood)
+
+
+def test_the_fallback_takes_samples_one_by_one_where_values_are_read(no_batch_is_looped):
     network, inputs, targets = make("data dependent")
     with pytest.raises(AssertionError):
         diagonal_fisher(network, in_batches(inputs, targets, 4))

@@ -71,3 +71,23 @@ def test_the_fallback_stays_within_the_budget(monkeypatch, budget):
     peak = peak_bytes(lambda: diagonal_fisher(network, [(x, None)]))
     result = network.weight.numel() * 4
     assert (peak - result < 16 * MEBI) is (budget == 8)
+
+
+class Powers(nn.Module):
+    """A small parameter without a rule, whose forward pass keeps large tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.exponent = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return (x.abs() ** self.exponent).mean((1, 2)).unsqueeze(1)
+
+
+@pytest.mark.parametrize("budget", [8, 1000])
+def test_the_fallback_counts_what_a_forward_pass_keeps(monkeypatch, budget):
+    monkeypatch.setattr("lightning_blip.fisher.fallback.BUDGET_BYTES", budget * MEBI)
+    x = torch.rand(40, 500, 1000)
+    network = Powers()
+    peak = peak_bytes(lambda: diagonal_fisher(network, [(x, None)], likelihood="gaussian"))
+    assert (peak < 4 * x.numel() * x.element_size()) is (budget == 8)
