@@ -217,7 +217,7 @@ class Watch(pl.Callback):
     def __init__(self, blip):
         self.blip = blip
         self.boundaries = []
-        self.layers = {}
+        self.kronecker_before = {}
 
     def on_train_start(self, trainer, pl_module):
         self.heads = heads_of(pl_module)
@@ -225,28 +225,28 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *arguments):
         self.look(trainer, pl_module)
         # A layer is put into its cells at each pull, not between two of them.
-        if all(state.pace.steps == 0 for state in {**self.parameters, **self.now}.values()):
-            check_coordinates(self.layers, pl_module)
+        if all(state.pace.steps == 0 for state in {**self.diagonal_states, **self.kronecker_states}.values()):
+            check_coordinates(self.kronecker_before, pl_module)
 
     def on_task_end(self, trainer, pl_module, task):
         # The task is consolidated already. Earlier frozen bits must be the same after that, too.
         self.look(trainer, pl_module)
-        check_coordinates(self.layers, pl_module)
+        check_coordinates(self.kronecker_before, pl_module)
         if self.boundaries:
-            check_bits_grow(self.boundaries[-1], self.parameters)
-            check_eigenvalues_grow(self.layers, self.now)
+            check_bits_grow(self.boundaries[-1], self.diagonal_states)
+            check_eigenvalues_grow(self.kronecker_before, self.kronecker_states)
         # States replace their tensors when they change, so a shallow copy keeps the present values.
         own = dict(pl_module.named_parameters())
-        states = {name: copy(state) for name, state in self.parameters.items()}
+        states = {name: copy(state) for name, state in self.diagonal_states.items()}
         self.boundaries.append({name: (one, one.frozen_code(own[name])) for name, one in states.items()})
-        self.layers = {name: copy(layer) for name, layer in self.now.items()}
+        self.kronecker_before = {name: copy(layer) for name, layer in self.kronecker_states.items()}
 
     @property
-    def parameters(self):
+    def diagonal_states(self):
         return self.states_of(DiagonalState)
 
     @property
-    def now(self):
+    def kronecker_states(self):
         return self.states_of(KroneckerState)
 
     def states_of(self, kind):
@@ -255,7 +255,7 @@ class Watch(pl.Callback):
 
     def look(self, trainer, pl_module):
         check_finite(pl_module)
-        check_cells(self.parameters, pl_module)
+        check_cells(self.diagonal_states, pl_module)
         if self.blip.cell == "strict":
             check_codes(self.boundaries, pl_module)
         now = heads_of(pl_module)

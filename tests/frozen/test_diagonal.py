@@ -205,7 +205,7 @@ def test_storing_information_a_second_time_changes_nothing():
     assert torch.equal(stored_information(store_information(information)), information)
 
 
-def test_a_state_takes_six_bytes_per_value_and_three_in_a_checkpoint_for_any_number_of_tasks():
+def test_a_state_and_its_checkpoint_take_the_same_memory_for_any_number_of_tasks():
     theta = torch.randn(100).clamp(-0.9, 0.9)
     strict, paper = (DiagonalState.of(theta, 1.0, 1.0, cell=cell) for cell in ("strict", "paper"))
     for task in range(5):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_blip.frozen import fused as module
+from lightning_blip.frozen import fused
 from lightning_blip.frozen.base import Step
 from lightning_blip.frozen.diagonal import DiagonalState
 from lightning_blip.frozen.fused import Compiled, hold_back_all
@@ -63,9 +63,9 @@ def test_parts_and_memory_formats_give_the_same_bits(dtype, monkeypatch):
     expected = held_back(steps(sizes, dtype=dtype))
     plain = Compiled()
     plain.works = False
-    monkeypatch.setattr(module, "CHUNK", 16)
-    monkeypatch.setattr(module, "SMALL", 2)
-    monkeypatch.setattr(module, "CALLS", 1)
+    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(fused, "SMALL", 2)
+    monkeypatch.setattr(fused, "CALLS", 1)
     for formats in ("all", "theta alone"):
         made = steps(sizes, dtype=dtype)
         made[0].parameters = [made[0].parameters[0].to(memory_format=torch.channels_last)]
@@ -83,8 +83,8 @@ def test_the_function_is_compiled_once_and_gives_the_same_bits(monkeypatch):
     for rate in (0.1, 0.03):
         expected = held_back(steps(sizes, rate=rate))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "CHUNK", 100)
-            patch.setattr(module, "SMALL", 8)
+            patch.setattr(fused, "CHUNK", 100)
+            patch.setattr(fused, "SMALL", 8)
             with (
                 torch.compiler.set_stance("default" if rate == 0.1 else "fail_on_recompile"),
                 torch.no_grad(),
@@ -105,8 +105,8 @@ def test_where_compiling_fails_it_is_tried_once_with_one_warning(monkeypatch, re
 
     expected = held_back(steps([(400,), (50,)]))
     compiled = Compiled()
-    monkeypatch.setattr(module, "CHUNK", 100)
-    monkeypatch.setattr(module, "SMALL", 60)
+    monkeypatch.setattr(fused, "CHUNK", 100)
+    monkeypatch.setattr(fused, "SMALL", 60)
     monkeypatch.setattr(torch, "compile", fails)
     for _ in range(2):
         for theta, other in zip(held_back(steps([(400,), (50,)]), compiled), expected, strict=True):
