@@ -1,4 +1,4 @@
-"""The code blocks of the README and of the site run; the site builds."""
+"""The code blocks of the README and of the site run, and the site builds."""
 
 import os
 import subprocess
@@ -16,11 +16,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def read_yaml(example):
+    """Check that a block is valid YAML."""
     yaml.safe_load(example.parsed)
 
 
 def written_to(name):
-    """Reads a block whose title is the name of a file of the reader's."""
+    """Return a function that writes a block to the file that its title names."""
 
     def write(example):
         Path(name).write_text(example.parsed)
@@ -29,6 +30,7 @@ def written_to(name):
 
 
 def run_in_shell(example):
+    """Run a block with bash; return its output if it fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euc", example.parsed], env={**os.environ, "PATH": path}, capture_output=True, text=True
@@ -51,7 +53,8 @@ BLOCKS = Sybil(
 
 
 @pytest.fixture(autouse=True)
-def _for_what_the_blocks_start(tmp_path, monkeypatch):
+def _environment(tmp_path, monkeypatch):
+    """Set the environment of the programs that the blocks start."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -59,14 +62,14 @@ def _for_what_the_blocks_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_its_code_runs_from_top_to_bottom(page):
+def test_the_code_of_a_page_runs_from_top_to_bottom(page):
     random_state = torch.random.get_rng_state()
     document = BLOCKS.parse(page)
     examples = list(document.examples())
     for language in ("python", "yaml", "bash"):
         fences = sum(line.strip().startswith(f"```{language}") for line in document.text.splitlines())
         found = sum(document.text.startswith(f"```{language}", example.start) for example in examples)
-        assert found == fences, f"a block of {language} is not read as one"
+        assert found == fences, f"{fences} blocks of {language}, {found} of which are read"
     for example in examples:
         example.evaluate()
     torch.random.set_rng_state(random_state)

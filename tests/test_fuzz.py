@@ -1,4 +1,4 @@
-"""Random small networks, streams and settings: no fit crashes, and what BLIP promises holds at every step."""
+"""Fits of random networks, streams and settings: none crashes, and BLIP keeps its promises at every step."""
 
 import io
 import math
@@ -18,10 +18,11 @@ from torch.utils.data import TensorDataset
 from lightning_blip import BLIP, Task, TaskHeads, TaskSequenceDataModule
 from lightning_blip.frozen.diagonal import DiagonalState
 from lightning_blip.frozen.kronecker import KroneckerState, as_matrix
-from tests.helpers.networks import QUIET, Net
+from tests.helpers.fitting import fit
+from tests.helpers.networks import Net
 
 WIDTH, WORDS = 4, 7
-# The shape of a sample. Hidden layers keep it, so that any two of them can share a weight.
+# The shape of a sample. Hidden layers keep this shape, so any two of them can share a weight.
 SHAPES = {"linear": (WIDTH,), "conv1d": (WIDTH, 5), "conv2d": (WIDTH, 3, 3), "embedding": (3,)}
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -68,7 +69,7 @@ BASES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A fit. All fields are plain values: what a failing test prints can be pasted into an ``@example``."""
+    """One fit. All fields are plain values, so a printed failing case can be pasted into an ``@example``."""
 
     kind: str = "linear"
     depth: int = 1
@@ -92,14 +93,14 @@ class Case:
 
 @st.composite
 def cases(draw):
-    # From one source, since of what comes from many strategies most examples are variations of few.
+    # One source of randomness: with one strategy per field, most examples would be variations of a few.
     random = draw(st.randoms())
     pick = random.choice
     kind = pick(list(SHAPES))
     depth = random.randint(0, 3)
     norm = pick([None, "batch", "layer", "group"]) if depth else None
     heads = pick([False, True])
-    # Heads are not tracked, and something has to be.
+    # Heads are not tracked, and at least one parameter must be.
     bare = heads and depth == 0 and kind != "embedding"
     tasks = range(random.randint(1, 4))
     batch_size = random.randint(2 if norm == "batch" else 1, 16)
@@ -127,7 +128,7 @@ def cases(draw):
 
 
 def _fits(count, batch_size, norm):
-    """Whether no batch has a single sample, of which BatchNorm can make nothing in training."""
+    """Return whether no batch has a single sample, which BatchNorm refuses in training."""
     return norm != "batch" or count % batch_size != 1
 
 
@@ -139,7 +140,7 @@ def _optimizer(pick):
 def _settings(pick):
     basis = pick(list(BASES))
     chosen = {"basis": basis, **_each(BASES[basis], pick), **_each(SETTINGS, pick)}
-    # A budget chooses the prior: it is refused beside one that is given.
+    # A budget is refused beside a prior.
     return chosen if chosen["prior"] == "auto" else {**chosen, "forgetting_budget": None}
 
 
@@ -148,7 +149,7 @@ def _each(options, pick):
 
 
 class Own(nn.Module):
-    """Parameters that belong to no layer, one of them without a dimension."""
+    """Parameters outside of any layer, one of them a scalar."""
 
     def __init__(self, shape):
         super().__init__()
@@ -211,41 +212,41 @@ def _points(case, count, classes):
 
 
 class Watch(pl.Callback):
-    """Looks after every batch and at every boundary for what must hold then."""
+    """Checks the promises of BLIP after every batch and at every boundary."""
 
     def __init__(self, blip):
         self.blip = blip
         self.boundaries = []
-        self.layers = {}
+        self.kronecker_before = {}
 
     def on_train_start(self, trainer, pl_module):
         self.heads = heads_of(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, *arguments):
         self.look(trainer, pl_module)
-        # Between two pulls nothing holds a layer.
-        if all(state.pace.steps == 0 for state in {**self.parameters, **self.now}.values()):
-            check_coordinates(self.layers, pl_module)
+        # A layer is put into its cells at each pull, not between two of them.
+        if all(state.pace.steps == 0 for state in {**self.diagonal_states, **self.kronecker_states}.values()):
+            check_coordinates(self.kronecker_before, pl_module)
 
     def on_task_end(self, trainer, pl_module, task):
-        # The task is consolidated by now: what was frozen before must have outlasted that as well.
+        # The task is consolidated already. Earlier frozen bits must be the same after that, too.
         self.look(trainer, pl_module)
-        check_coordinates(self.layers, pl_module)
+        check_coordinates(self.kronecker_before, pl_module)
         if self.boundaries:
-            check_bits_grow(self.boundaries[-1], self.parameters)
-            check_eigenvalues_grow(self.layers, self.now)
-        # States change by getting new tensors, so copies stay what they are now.
+            check_bits_grow(self.boundaries[-1], self.diagonal_states)
+            check_eigenvalues_grow(self.kronecker_before, self.kronecker_states)
+        # States replace their tensors when they change, so a shallow copy keeps the present values.
         own = dict(pl_module.named_parameters())
-        states = {name: copy(state) for name, state in self.parameters.items()}
+        states = {name: copy(state) for name, state in self.diagonal_states.items()}
         self.boundaries.append({name: (one, one.frozen_code(own[name])) for name, one in states.items()})
-        self.layers = {name: copy(layer) for name, layer in self.now.items()}
+        self.kronecker_before = {name: copy(layer) for name, layer in self.kronecker_states.items()}
 
     @property
-    def parameters(self):
+    def diagonal_states(self):
         return self.states_of(DiagonalState)
 
     @property
-    def now(self):
+    def kronecker_states(self):
         return self.states_of(KroneckerState)
 
     def states_of(self, kind):
@@ -254,7 +255,7 @@ class Watch(pl.Callback):
 
     def look(self, trainer, pl_module):
         check_finite(pl_module)
-        check_cells(self.parameters, pl_module)
+        check_cells(self.diagonal_states, pl_module)
         if self.blip.cell == "strict":
             check_codes(self.boundaries, pl_module)
         now = heads_of(pl_module)
@@ -297,9 +298,9 @@ def check_bits_grow(before, now):
 
 
 def check_eigenvalues_grow(before, now):
-    # Bits may become fewer: they are those of the mean over tasks, in a basis that turns. But a factor is a
-    # sum over tasks of matrices without negative eigenvalues: by Weyl's inequality its own, in order of size,
-    # never fall, nor does the mean of those that a rank leaves out.
+    # The number of frozen bits may fall, because the precision is a mean over tasks and the basis rotates.
+    # But a factor is a sum over tasks of matrices without negative eigenvalues. By Weyl's inequality, its
+    # sorted eigenvalues never fall, and neither does the mean of the eigenvalues that a rank leaves out.
     for name, old in before.items():
         for side in ("input", "output"):
             then, now_ = (getattr(state, f"{side}_values") for state in (old, now[name]))
@@ -328,7 +329,7 @@ def check_restored(blip, module, options):
     for kept, found in ((blip.bits(), restored.bits()), (blip.precision(), restored.precision())):
         assert kept.keys() == found.keys()
         assert all(torch.equal(kept[name], found[name]) for name in kept)
-    # The anchors, too, which are there only once the parameters are.
+    # This compares the anchors, too, which a restored state reads from the parameters.
     assert restored.predicted_forgetting(module) == blip.predicted_forgetting(module)
 
 
@@ -337,14 +338,15 @@ def check(case):
         event(f"{feature}, {case.blip.get('basis', 'diagonal')}")
     torch.manual_seed(case.seed)
     blip, module, tasks = BLIP(**case.blip), network(case), stream(case)
-    pl.Trainer(**QUIET, **case.trainer, callbacks=[blip, Watch(blip)]).fit(module, datamodule=tasks)
-    assert blip.tasks_learned == len(tasks)
+    watch = Watch(blip)
+    fit([blip, watch], module, tasks, **case.trainer)
+    assert blip.tasks_learned == len(watch.boundaries) == len(tasks)
     assert 0 <= blip.used_capacity <= 1
     check_restored(blip, module, case.blip)
 
 
-# What every run has to meet is not left to chance: both bases, heads, convolutions and norms, with bits to
-# lose and steps that would lose them.
+# Every run has cases of both bases, heads, convolutions and norms, with frozen bits and with steps large
+# enough to change them.
 FREEZING = {"prior": 1e-6, "samples": 20}
 
 
@@ -362,12 +364,12 @@ FREEZING = {"prior": 1e-6, "samples": 20}
         blip={**FREEZING, "rule": "paper", "pull": 0.0},
     )
 )
-def test_what_is_promised_holds_in_random_fits(case):
+def test_blip_keeps_its_promises_in_random_fits(case):
     check(case)
 
 
 @pytest.mark.nightly
 @settings(max_examples=200)
 @given(cases())
-def test_what_is_promised_holds_in_many_fits(case):
+def test_blip_keeps_its_promises_in_many_random_fits(case):
     check(case)

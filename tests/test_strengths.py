@@ -1,5 +1,6 @@
-"""Prior, pull and damping, chosen from the first task."""
+"""Prior, pull and damping, as they are chosen at the first boundary."""
 
+import csv
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.distributions import Bernoulli
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_blip import BLIP, TaskHeads
@@ -14,10 +16,12 @@ from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.overlap import OverlapObserver
 from lightning_blip.frozen.gains import exact_bits
 from lightning_blip.strengths import Measured, choose_damping, choose_prior, choose_pull
-from tests.helpers.networks import QUIET, Net, blobs, pairs
+from tests.helpers.fitting import fit
+from tests.helpers.networks import blobs
 
 
 def measured(scale=1.0):
+    """Return the information of two states, over six powers of ten."""
     generator = torch.Generator().manual_seed(0)
     spread = 10.0 ** (6 * torch.rand(2, 2_000, generator=generator) - 6)
     return [Measured(scale * spread[0], 10.0, 0.5), Measured(scale * spread[1], 1.0, 1.0)]
@@ -28,14 +32,14 @@ def bits_of(one, prior, tasks):
     return exact_bits(S_0 + tasks * one.information, S_0, 20)
 
 
-def test_by_default_one_bit_in_500_is_frozen_after_the_expected_tasks():
+def test_the_prior_freezes_one_bit_in_500_after_the_expected_tasks():
     for tasks in (2, 10, 50):
         prior = choose_prior(measured(), 20, tasks)
         used = torch.cat([bits_of(one, prior, tasks) for one in measured()]).double().mean() / 20
         assert 0.0019 < used <= 0.002
 
 
-def test_the_prior_goes_with_the_scale_of_the_information_but_not_where_nats_are_given():
+def test_the_prior_follows_the_scale_of_the_information_unless_a_budget_in_nats_is_given():
     small, large = (choose_prior(measured(scale), 20, 10) for scale in (1.0, 4.0**10))
     assert large / small == pytest.approx(4.0**10, rel=1e-4)
     small, large = (choose_prior(measured(scale), 20, 10, 0.01) for scale in (1.0, 4.0**10))
@@ -43,7 +47,7 @@ def test_the_prior_goes_with_the_scale_of_the_information_but_not_where_nats_are
 
 
 @pytest.mark.parametrize("budget", [0.01, 1.0])
-def test_a_budget_bounds_what_uniform_values_in_their_cells_would_forget(budget):
+def test_values_drawn_uniformly_from_their_cells_forget_the_budget(budget):
     prior = choose_prior(measured(), 20, 10, forgetting_budget=budget)
 
     def forgotten(prior):
@@ -59,13 +63,13 @@ def test_a_budget_bounds_what_uniform_values_in_their_cells_would_forget(budget)
     assert forgotten(prior / 16) < forgotten(prior)
 
 
-def test_a_smaller_budget_and_more_tasks_freeze_more_or_as_much():
+def test_a_smaller_budget_lowers_the_prior_and_more_expected_tasks_raise_it():
     assert choose_prior(measured(), 20, 10, 0.01) < choose_prior(measured(), 20, 10, 1.0)
     assert choose_prior(measured(), 20, 100) > choose_prior(measured(), 20, 10)
 
 
 def full_fisher(network, x):
-    """The whole matrix, from every class of every sample, by autograd."""
+    """Return the whole Fisher matrix, from every class of every sample, by autograd."""
     parameters = list(network.parameters())
     size = sum(theta.numel() for theta in parameters)
     F = torch.zeros(size, size, dtype=torch.float64)
@@ -79,7 +83,7 @@ def full_fisher(network, x):
 
 
 @pytest.mark.parametrize("batch", [7, 50, 300])
-def test_overlaps_tell_the_norm_of_the_whole_matrix(batch):
+def test_the_overlap_of_samples_estimates_the_norm_of_the_whole_fisher_matrix(batch):
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Unflatten(1, (1, 8)),
@@ -100,19 +104,22 @@ def test_overlaps_tell_the_norm_of_the_whole_matrix(batch):
     assert trace == pytest.approx(float(F.trace()), rel=0.1)
 
 
-def test_without_two_samples_in_a_batch_nothing_is_known():
+def test_without_two_samples_in_a_batch_the_constants_of_the_kronecker_basis_are_chosen():
     observer = OverlapObserver(largest=8)
     diagonal_fisher(nn.Linear(2, 2), [(torch.ones(1, 2), None)] * 3, observers=[observer])
     assert observer.squared_norm() is None
     blip = BLIP()
     blip.consolidate(nn.Linear(2, 2), [(torch.ones(1, 2), None)] * 3)
     assert blip.chosen["pull"] == 3.0
+    assert blip.chosen["damping"] == 0.2  # the pull alone could be the smallest that is ever chosen
 
 
-def test_what_is_chosen_follows_the_formulas_and_stays():
-    network, blip = nn.Linear(8, 6), BLIP(samples=3_000, smoothing=0.0)
-    loader = DataLoader(TensorDataset(*blobs(3_000).tensors), batch_size=100)
-    observer = OverlapObserver(largest=48)
+def test_the_chosen_strengths_follow_the_formulas_and_stay_for_all_tasks():
+    network, blip = nn.Linear(200, 2), BLIP(samples=3_000, smoothing=0.0)
+    # Inputs that are nearly the same: the Fisher matrix is far from diagonal.
+    x, y = 1 + 0.1 * torch.randn(3_000, 200), torch.arange(3_000) % 2
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    observer = OverlapObserver(largest=400)
     fisher = diagonal_fisher(
         network, loader, generator=torch.Generator().manual_seed(0), observers=[observer]
     )
@@ -120,6 +127,7 @@ def test_what_is_chosen_follows_the_formulas_and_stays():
     diagonal = float(sum(part.square().sum() for part in fisher.values()))
     trace = float(sum(part.sum() for part in fisher.values()))
     assert blip.chosen["pull"] == pytest.approx(choose_pull(observer.squared_norm(), diagonal))
+    assert blip.chosen["pull"] > 3.0  # the smallest that is ever chosen
     assert blip.chosen["damping"] == pytest.approx(choose_damping(observer.squared_norm(), trace))
     assert {name: report[f"blip/{name}"] for name in blip.chosen} == blip.chosen
     chosen = dict(blip.chosen)
@@ -132,8 +140,8 @@ def test_what_is_chosen_follows_the_formulas_and_stays():
 
 
 @pytest.mark.parametrize("basis", ["diagonal", "kronecker"])
-def test_a_task_that_told_nothing_leaves_the_choice_to_the_next(basis):
-    """A first task of one class has no information."""
+def test_after_a_first_task_without_information_the_second_task_decides(basis):
+    """A task with a single class has no information."""
     torch.manual_seed(0)
     body, heads = nn.Linear(8, 64), TaskHeads(64, classes=[1, 6])
     network, options = nn.Sequential(body, heads), {"basis": basis, "expected_tasks": 1}
@@ -145,21 +153,22 @@ def test_a_task_that_told_nothing_leaves_the_choice_to_the_next(basis):
     blip.consolidate(network, DataLoader(blobs(), batch_size=30))
     plain.consolidate(network, DataLoader(blobs(), batch_size=30))
     assert blip.tasks_learned == 2
-    assert blip.chosen == pytest.approx(plain.chosen, rel=0.2)  # other labels were drawn
+    assert blip.chosen == pytest.approx(plain.chosen, rel=0.2)  # not the same labels are drawn
     assert 0 < blip.used_capacity < 0.01
 
 
-def test_information_too_small_to_square_in_single_precision():
+def test_strengths_are_finite_where_information_is_too_small_to_square_in_float32():
     network = nn.Linear(4, 3)
     with torch.no_grad():
         network.weight.mul_(0.01)
         network.bias.copy_(torch.tensor([30.0, 0.0, 0.0]))
     blip = BLIP(smoothing=0.0)
     blip.consolidate(network, [(torch.randn(64, 4), None)])
+    assert blip.chosen.keys() == {"prior", "pull", "damping"}
     assert all(math.isfinite(value) and value > 0 for value in blip.chosen.values())
 
 
-def test_what_is_given_is_not_chosen():
+def test_a_strength_that_is_given_is_kept():
     blip = BLIP(prior=0.5, pull=7.0, damping=0.25)
     blip.consolidate(nn.Linear(8, 6), DataLoader(blobs(), batch_size=30))
     assert blip.chosen == {"prior": 0.5, "pull": 7.0, "damping": 0.25}
@@ -169,7 +178,7 @@ def test_what_is_given_is_not_chosen():
     assert partly.chosen.keys() == {"prior", "pull", "damping"}
 
 
-def test_damping_spreads_a_layers_information_over_its_outputs():
+def test_damping_spreads_the_information_of_a_layer_over_its_outputs():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
     loader = DataLoader(blobs(), batch_size=30)
@@ -182,7 +191,7 @@ def test_damping_spreads_a_layers_information_over_its_outputs():
         torch.testing.assert_close(S, expected, rtol=4e-3, atol=1e-6)
 
 
-def test_a_network_that_is_sure_has_information_only_with_smoothing():
+def test_a_network_with_extreme_logits_has_information_only_with_smoothing():
     network = nn.Linear(4, 2)
     network.weight.data = torch.tensor([[99.0] * 4, [-99.0] * 4])
     x = torch.ones(500, 4)
@@ -192,91 +201,69 @@ def test_a_network_that_is_sure_has_information_only_with_smoothing():
         assert (fisher == 0).all() == (smoothing == 0)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", torch.distributions.Bernoulli])
-def test_smoothing_mixes_in_the_even_odds(likelihood):
-    class Sure(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.tensor([20.0]))
+class ExtremeLogit(nn.Module):
+    """Predicts 1 with a probability next to 1, whatever the input."""
 
-        def forward(self, x):
-            logits = self.bias + 0 * x
-            return logits if likelihood == "bernoulli" else logits.sigmoid().clamp(max=1 - 1e-6)
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([20.0]))
 
-    fisher = diagonal_fisher(
-        Sure(), [(torch.zeros(4_000, 1), None)], likelihood, smoothing=0.2,
-    )["bias"]  # fmt: skip
-    if likelihood == "bernoulli":
-        assert fisher.item() == pytest.approx(0.1, rel=0.2)  # a tenth of the labels is wrong, with gradient 1
+    def forward(self, x):
+        return self.bias + 0 * x
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", lambda logits: Bernoulli(logits=logits)])
+def test_smoothing_draws_labels_of_both_classes_with_equal_odds(likelihood):
+    for smoothing in (0.0, 0.2):
+        fisher = diagonal_fisher(
+            ExtremeLogit(), [(torch.zeros(4_000, 1), None)], likelihood, smoothing=smoothing
+        )["bias"]
+        # Half of the smoothed labels are wrong, with a gradient of 1.
+        assert fisher.item() == pytest.approx(smoothing / 2, rel=0.2, abs=1e-6)
+
+
+def test_a_smoothing_above_1_is_refused_by_the_estimate():
     with pytest.raises(ValueError, match=r"smoothing=1\.5 must be 0"):
-        diagonal_fisher(Sure(), [(torch.zeros(4, 1), None)], smoothing=1.5)
+        diagonal_fisher(ExtremeLogit(), [(torch.zeros(4, 1), None)], "bernoulli", smoothing=1.5)
 
 
-def test_few_samples_have_their_labels_drawn_again_and_again():
-    network, report = nn.Linear(8, 6), {}
-    few, many = blobs(60), blobs(60).tensors
-    for name, data, samples in (
-        ("few", few, 8_000),
-        ("repeated", TensorDataset(*(part.repeat(17, *[1] * (part.ndim - 1)) for part in many)), 8_000),
-    ):
-        blip = BLIP(prior=1e-3, damping=0.0, samples=samples)
-        blip.consolidate(network, DataLoader(data, batch_size=60))
-        report[name] = blip.precision()["weight"]
-    torch.testing.assert_close(report["few"], report["repeated"], rtol=2e-3, atol=1e-6)
+def test_a_small_task_gives_the_information_of_the_same_samples_repeated():
+    network, precisions = nn.Linear(8, 6), []
+    few = blobs(60).tensors
+    for tensors in (few, [part.repeat(17, *[1] * (part.ndim - 1)) for part in few]):
+        blip = BLIP(prior=1e-3, damping=0.0, samples=8_000)
+        blip.consolidate(network, DataLoader(TensorDataset(*tensors), batch_size=60))
+        precisions.append(blip.precision()["weight"])
+    torch.testing.assert_close(*precisions, rtol=2e-3, atol=1e-6)
 
 
-def test_forgetting_is_predicted_while_a_task_trains(tmp_path):
-    class Look(pl.Callback):
-        rows = []
+def test_the_predicted_forgetting_is_logged_after_every_step(tmp_path):
+    class Formula(pl.Callback):
+        def __init__(self, blip):
+            self.blip = blip
+            self.forgetting = []
 
+        @torch.no_grad()
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            blip = trainer.callbacks[0] if isinstance(trainer.callbacks[0], BLIP) else trainer.callbacks[1]
-            if not blip.tasks_learned:
+            if not self.blip.tasks_learned:
                 return
             total = 0.0
             for name, theta in pl_module.named_parameters():
-                state = blip.state(name)
+                state = self.blip.state(name)
                 F = state.prior * state.information
                 total += float((0.5 * F * (theta - state.anchor(theta.dtype)).square()).sum())
-            self.rows.append(total / blip.tasks_learned)
+            self.forgetting.append(total / self.blip.tasks_learned)
 
     blip = BLIP()
-    pl.Trainer(**{**QUIET, "logger": CSVLogger(tmp_path)}, callbacks=[blip, Look()], log_every_n_steps=1).fit(
-        Net(), datamodule=pairs()
-    )
+    formula = Formula(blip)
+    fit([blip, formula], logger=CSVLogger(tmp_path), log_every_n_steps=1)
     (path,) = tmp_path.rglob("metrics.csv")
-    lines = path.read_text().splitlines()
-    columns = lines[0].split(",")
-    at = {
-        name: columns.index(f"blip/{name}") for name in ("predicted_forgetting", "seconds", "at_wall_share")
-    }
-    logged = [line.split(",") for line in lines[1:]]
-    live = [
-        float(row[at["predicted_forgetting"]])
-        for row in logged
-        if row[at["predicted_forgetting"]] and not row[at["seconds"]]
-    ]
-    assert len(Look.rows) == 2 * 2 * 3
-    assert live == pytest.approx(Look.rows, rel=1e-4)
+    with path.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["blip/predicted_forgetting"]]
+    live = [float(row["blip/predicted_forgetting"]) for row in rows if not row["blip/seconds"]]
+    assert len(formula.forgetting) == 2 * 2 * 3
+    assert live == pytest.approx(formula.forgetting, rel=1e-4)
     assert max(live) > 0
-    assert all(0 <= float(row[at["at_wall_share"]]) <= 1 for row in logged if row[at["at_wall_share"]])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prior": "mine"}, "prior='mine' must be a number"),
-        ({"damping": -1.0}, "damping=-1.0 must not be negative"),
-        ({"every": 0}, "every=0 must be a number of steps"),
-        ({"expected_tasks": 0}, "expected_tasks=0 must be at least 1"),
-        ({"forgetting_budget": 0.0}, "forgetting_budget=0.0 must be positive"),
-        ({"smoothing": -0.1}, "smoothing=-0.1 must be 0"),
-        ({"pull": "strong"}, "pull='strong' must be a number"),
-        ({"likelihood": "categoricl"}, "likelihood='categoricl' is not known: give one of 'categorical'"),
-        ({"rank": 3}, "rank=3 has no effect in basis='diagonal'"),
-        ({"prior": 1e-5, "forgetting_budget": 0.1}, "forgetting_budget=0.1 chooses the prior"),
-    ],
-)
-def test_arguments_that_are_off(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        BLIP(**arguments)
+    shares = [float(row["blip/at_wall_share"]) for row in rows]
+    assert len(shares) == len(live) + 3
+    assert all(0 <= share <= 1 for share in shares)

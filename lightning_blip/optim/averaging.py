@@ -1,4 +1,4 @@
-"""The mean of a network's weights over the end of a task."""
+"""The mean of a network's weights over the last steps of a task."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 
 class MeanWeights:
-    """A running mean of everything that training moves: parameters, and buffers of floating point.
+    """A running mean of everything that training changes: parameters and floating-point buffers.
 
-    SGD ends somewhere around a minimum; the mean of where it was lies nearer to it, for this task and for
-    the past ones that the pull keeps near. It takes the memory of the network once more while it is running.
+    SGD ends at some distance from a minimum, and the mean of its last steps is nearer to it. This holds for
+    the current task, and for the past tasks that the pull remembers. While it is in use, the mean takes as
+    much memory as the network.
 
     Attributes:
-        count: How many states the mean is of.
+        count: The number of states that the mean is of.
 
     Example:
         >>> network, mean = nn.Linear(1, 1), MeanWeights()
@@ -38,7 +39,11 @@ class MeanWeights:
 
     @torch.no_grad()
     def add(self, module: nn.Module) -> None:
-        """Takes in what a network is like now."""
+        """Add the present state of a network.
+
+        Args:
+            module: The network, the same at each call.
+        """
         self.count += 1
         values = _moving(module)
         if self.count == 1:
@@ -48,22 +53,27 @@ class MeanWeights:
 
     @torch.no_grad()
     def put_in_place(self, module: nn.Module) -> None:
-        """Gives a network the mean, if there is one, and forgets it."""
+        """Set a network to the mean and start from nothing again; without a state, do nothing.
+
+        Args:
+            module: The network whose states were added.
+        """
         for name, value in _moving(module).items():
             if name in self._mean:
                 value.copy_(self._mean[name])
         self.count, self._mean = 0, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean so far."""
+        """Return the mean and the number of states, for a checkpoint."""
         return {"count": self.count, "mean": self._mean}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what was saved."""
+        """Restore what :meth:`state_dict` returned."""
         self.count, self._mean = state_dict["count"], state_dict["mean"]
 
 
 def _moving(module: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters and the floating-point buffers by name."""
     parameters = {name: theta.detach() for name, theta in module.named_parameters() if theta.requires_grad}
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     return {**parameters, **buffers}

@@ -1,4 +1,4 @@
-"""What an optimizer makes of a gradient: how far it moves a parameter along one that stays the same."""
+"""The effective step size of an optimizer: how far it moves a parameter along a constant gradient."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 
 
 def effective_rate(group: dict[str, Any]) -> float:
-    """η, the learning rate of a group times what its momentum adds up to, (1 − dampening)/(1 − μ).
+    """Return η, the learning rate times the sum of the momentum's weights, (1 − dampening)/(1 − μ).
 
     Args:
-        group: A parameter group of any optimizer.
+        group: A parameter group of any optimizer; a missing momentum μ counts as 0.
 
     Returns:
-        The rate.
+        η.
 
     Example:
         >>> import torch
@@ -26,21 +26,21 @@ def effective_rate(group: dict[str, Any]) -> float:
     """
     momentum = float(group.get("momentum", 0.0))
     kept = 1.0 - float(group.get("dampening", 0.0)) if momentum else 1.0
-    # A momentum of 1 adds up without end.
+    # With μ = 1 the sum would be infinite.
     return float(group["lr"]) * kept / max(1.0 - momentum, 1e-3)
 
 
 def preconditioner(optimizer: Optimizer, theta: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """P, what an adaptive optimizer divides the gradient of each value by: √v + ε.
+    """Return P = √v + ε, by which an adaptive optimizer divides the gradient of each value.
 
     Args:
-        optimizer: Any; of Adam, RMSprop, Adagrad and their kin the running squares v of the gradient are
-            known.
-        theta: One of its parameters.
-        group: The group of the parameter.
+        optimizer: Any optimizer; v, the mean or sum of the squared gradients, is read from the state of Adam,
+            RMSprop, Adagrad and their variants.
+        theta: A parameter of the optimizer.
+        group: The parameter group that θ belongs to.
 
     Returns:
-        P, of θ's shape; None where gradients are not divided, or nothing is known of it.
+        P, of θ's shape; None if the optimizer has no v, as SGD, or none yet.
 
     Example:
         >>> import torch

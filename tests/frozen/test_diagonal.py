@@ -1,4 +1,4 @@
-"""Properties of codes, cells and the packed state."""
+"""Codes, cells and the packed state of the diagonal basis."""
 
 import math
 
@@ -27,6 +27,7 @@ MAX_BITS = st.integers(1, 20)
 
 @st.composite
 def values_and_bits(draw: st.DrawFn) -> tuple[Tensor, Tensor, float, int]:
+    """Draw values, the frozen bits of each, their bound B and the largest number of bits N."""
     max_bits = draw(MAX_BITS)
     pairs = draw(st.lists(st.tuples(UNIT, st.integers(0, max_bits)), min_size=1, max_size=20))
     largest = draw(BOUNDS)
@@ -34,7 +35,7 @@ def values_and_bits(draw: st.DrawFn) -> tuple[Tensor, Tensor, float, int]:
     return theta, torch.tensor([bits for _, bits in pairs]), largest, max_bits
 
 
-def test_bound_of_a_layer_is_by_its_inputs_and_grows_for_weights_that_lie_outside():
+def test_the_bound_depends_on_a_layers_inputs_and_grows_for_weights_outside_it():
     layer = nn.Linear(9, 4)
     assert bound(layer.weight, 9) == pytest.approx(6 / 3)
     assert bound(layer.bias, 9, is_bias=True) == 1.0
@@ -45,7 +46,7 @@ def test_bound_of_a_layer_is_by_its_inputs_and_grows_for_weights_that_lie_outsid
 
 
 @given(values_and_bits())
-def test_quantising_twice_changes_nothing(case):
+def test_rounding_to_the_grid_a_second_time_changes_nothing(case):
     theta, bits, largest, max_bits = case
     once = decode(encode(theta, largest, max_bits), largest, max_bits)
     assert torch.equal(encode(once, largest, max_bits), encode(theta, largest, max_bits))
@@ -56,25 +57,25 @@ def test_quantising_twice_changes_nothing(case):
 
 
 @given(st.integers(-(2**20) + 1, 2**20 - 1), BOUNDS)
-def test_every_code_survives_the_way_to_float32_and_back(code, largest):
+def test_every_code_is_the_same_after_decoding_to_float32_and_encoding(code, largest):
     assert encode(decode(torch.tensor([code]), largest, 20), largest, 20).item() == code
 
 
 @given(st.sampled_from([1.0, -1.0, 1.5, -1e9, float("inf")]), BOUNDS, MAX_BITS)
-def test_a_value_at_or_beyond_the_bound_stays_inside(unit, largest, max_bits):
+def test_a_value_at_or_beyond_the_bound_is_encoded_inside_it(unit, largest, max_bits):
     value = decode(encode(torch.tensor([unit * largest]), largest, max_bits), largest, max_bits)
     assert value.abs().item() <= largest * (1 - 2.0**-max_bits) * (1 + 2**-23)
     assert value.abs().item() < largest
 
 
 @given(values_and_bits())
-def test_the_free_bits_stay_within_half_a_step_and_the_papers_zero_bits_are_zero(case):
+def test_freezing_moves_values_by_half_a_step_at_most_or_rounds_them_as_in_the_paper(case):
     theta, bits, largest, max_bits = case
     theta = theta * (1 - 2.0**-max_bits)
     step = largest / 2**max_bits
     kept, rounded = theta.clone(), theta.clone()
     DiagonalState.of(theta, largest, 1.0, max_bits).freeze(kept, bits, keep_free_bits=True)
-    # Half a step, and the half unit in the last place of a value that float32 cannot name exactly.
+    # Half a step, and half a unit in the last place where float32 cannot hold the value exactly.
     assert ((kept - theta).abs() <= step / 2 + largest * 2.0**-23).all()
     DiagonalState.of(theta, largest, 1.0, max_bits, "paper").freeze(rounded, bits, keep_free_bits=False)
     assert (rounded[bits == 0] == 0).all()
@@ -85,7 +86,7 @@ def test_the_free_bits_stay_within_half_a_step_and_the_papers_zero_bits_are_zero
 
 
 @given(values_and_bits(), CELLS)
-def test_an_anchor_lies_in_its_cell_and_the_cell_in_the_interval(case, cell):
+def test_an_anchor_lies_in_its_cell_and_the_cell_inside_the_bound(case, cell):
     theta, bits, largest, max_bits = case
     code = encode(theta, largest, max_bits)
     low, high = cell_codes(code, bits, max_bits, cell)
@@ -100,7 +101,7 @@ def test_an_anchor_lies_in_its_cell_and_the_cell_in_the_interval(case, cell):
 
 
 @given(values_and_bits())
-def test_strict_cells_nest(case):
+def test_a_strict_cell_with_one_more_bit_lies_inside_the_cell_before(case):
     theta, bits, largest, max_bits = case
     code = encode(theta, largest, max_bits)
     low, high = cell_codes(code, bits, max_bits, "strict")
@@ -110,21 +111,21 @@ def test_strict_cells_nest(case):
         assert ((low <= inner_low) & (inner_high <= high)).all()
 
 
-def test_strict_cell_width_is_one_code_of_the_frozen_bits():
+def test_a_strict_cell_is_one_code_of_the_frozen_bits_wide():
     low, high = cell_codes(torch.tensor([100, -100]), torch.tensor([3, 3]), max_bits=8, cell="strict")
     assert low.tolist() == [75, -117]
     assert high.tolist() == [106, -86]
 
 
 @pytest.mark.parametrize("bits", range(1, 15))
-def test_zero_lies_a_third_of_a_strict_cell_from_its_edges(bits):
+def test_zero_lies_a_third_of_a_strict_cell_from_its_nearer_wall(bits):
     low, high = cell_codes(torch.tensor([0]), torch.tensor([bits]), max_bits=20, cell="strict")
     edges = sorted([-low.item() / 2 ** (20 - bits), (high.item() + 1) / 2 ** (20 - bits)])
     assert edges == pytest.approx([1 / 3, 2 / 3], abs=2.0 ** (bits - 20))
 
 
 @given(values_and_bits(), CELLS)
-def test_the_state_comes_back_exactly(case, cell):
+def test_a_saved_state_is_restored_exactly(case, cell):
     theta, bits, largest, max_bits = case
     frozen = DiagonalState.of(theta, largest, 1e-11, max_bits, cell)
     frozen.information = frozen.information + torch.rand(theta.shape)
@@ -144,7 +145,7 @@ def test_the_state_comes_back_exactly(case, cell):
 
 
 @given(values_and_bits(), st.integers(0, 2**31))
-def test_in_the_strict_cell_any_values_in_it_restore_the_state(case, seed):
+def test_any_values_in_their_strict_cells_restore_the_state(case, seed):
     theta, bits, largest, max_bits = case
     frozen = DiagonalState.of(theta, largest, 1.0, max_bits)
     frozen.freeze(theta, bits, keep_free_bits=True)
@@ -155,26 +156,26 @@ def test_in_the_strict_cell_any_values_in_it_restore_the_state(case, seed):
         restored = DiagonalState.from_state_dict(frozen.state_dict())
         assert torch.equal(restored.bits, frozen.bits)
         assert torch.equal(restored.precision, frozen.precision)
-        again = DiagonalState.from_state_dict(restored.state_dict())  # saved before it was located
+        again = DiagonalState.from_state_dict(restored.state_dict())  # saved before locate was called
         again.locate([inside])
         assert torch.equal(again.packed, frozen.packed)
         assert again.state_dict().keys() == frozen.state_dict().keys()
 
 
 @given(values_and_bits())
-def test_a_strict_anchor_is_within_a_256th_of_its_cell(case):
+def test_a_strict_anchor_is_exact_to_a_256th_of_its_cell(case):
     theta, bits, largest, max_bits = case
     frozen = DiagonalState.of(theta, largest, 1.0, max_bits)
     frozen.freeze(theta, bits, keep_free_bits=True)
     code = encode(theta, largest, max_bits)
     low, high = cell_codes(code, bits, max_bits, "strict")
-    width = 2.0 ** (max_bits - bits + (bits == 0))  # the cell's, before the interval cuts it short
+    width = 2.0 ** (max_bits - bits + (bits == 0))  # of the cell, before the bound cuts it
     assert ((frozen.code - code).abs() <= width / 512 + 0.5).all()
     for limit, expected in zip(cell_codes(frozen.code, bits, max_bits, "strict"), (low, high), strict=True):
         assert torch.equal(limit, expected)
 
 
-def test_other_weights_than_those_that_were_saved_are_refused():
+def test_weights_other_than_the_saved_ones_are_refused():
     theta = torch.rand(300) - 0.5
     frozen = DiagonalState.of(theta, 1.0, 1.0)
     frozen.freeze(theta, torch.full((300,), 6), keep_free_bits=True)
@@ -188,7 +189,7 @@ def test_other_weights_than_those_that_were_saved_are_refused():
     assert torch.equal(restored.packed, frozen.packed)
 
 
-def test_information_is_stored_to_eleven_bits_over_sixty_powers_of_two():
+def test_information_is_stored_with_eleven_bits_over_sixty_powers_of_two():
     information = torch.exp2(torch.linspace(-20, 40, 100_000)) * (1 - 2**-12)
     stored = stored_information(store_information(information))
     assert ((stored - information).abs() <= information * 2**-11).all()
@@ -197,14 +198,14 @@ def test_information_is_stored_to_eleven_bits_over_sixty_powers_of_two():
     assert stored_information(store_information(torch.tensor([math.inf]))).item() == 2**40 * (1 - 2**-11)
 
 
-def test_every_stored_information_is_stored_as_itself():
+def test_storing_information_a_second_time_changes_nothing():
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     used = ((patterns >= 0) & (patterns < 1023 * 64)) | (patterns <= -1023 / 2**24)
     information = stored_information(patterns[used & patterns.isfinite()]).unique()
     assert torch.equal(stored_information(store_information(information)), information)
 
 
-def test_the_state_takes_six_bytes_a_value_and_three_in_a_checkpoint_however_many_tasks():
+def test_a_state_and_its_checkpoint_take_the_same_memory_for_any_number_of_tasks():
     theta = torch.randn(100).clamp(-0.9, 0.9)
     strict, paper = (DiagonalState.of(theta, 1.0, 1.0, cell=cell) for cell in ("strict", "paper"))
     for task in range(5):

@@ -1,9 +1,9 @@
-"""The step kernel: one result, however it is run."""
+"""The function that holds back steps gives the same result compiled, uncompiled and in parts."""
 
 import pytest
 import torch
 
-from lightning_blip.frozen import fused as module
+from lightning_blip.frozen import fused
 from lightning_blip.frozen.base import Step
 from lightning_blip.frozen.diagonal import DiagonalState
 from lightning_blip.frozen.fused import Compiled, hold_back_all
@@ -12,7 +12,7 @@ SCALE = 0.7
 
 
 def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull=3.0, divisor=True):
-    """A step of parameters of all sorts, the same at every call."""
+    """Return steps of parameters of several shapes, the same at every call."""
     torch.manual_seed(0)
     made = []
     for shape in sizes:
@@ -28,12 +28,13 @@ def steps(sizes, cell="strict", dtype=torch.float32, rate=0.1, update=True, pull
 
 
 def held_back(made, compiled=None):
+    """Return the parameters of steps that are held back."""
     hold_back_all(made, SCALE, compiled or Compiled())
     return [step.parameters[0] for step in made]
 
 
-def slow_and_right(step):
-    """The formulas, in float64."""
+def by_the_formulas(step):
+    """Return the parameters of a step that is held back, by the formulas in float64."""
     theta, bits = step.parameters[0].double(), step.state.bits.double()
     if step.update is not None:
         theta = theta + step.factor * step.update.double() * (1 - 2 ** (-SCALE * bits))
@@ -49,22 +50,22 @@ def slow_and_right(step):
 @pytest.mark.parametrize("cell", ["strict", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("divisor", [False, True])
-def test_it_is_the_formulas(divisor, dtype, cell, pull, update):
+def test_a_step_is_held_back_by_the_formulas(divisor, dtype, cell, pull, update):
     made = steps([(4, 5), (), (7,), (0,)], cell, dtype, update=update, pull=pull, divisor=divisor)
-    expected = [slow_and_right(step) for step in made]
+    expected = [by_the_formulas(step) for step in made]
     for theta, right in zip(held_back(made), expected, strict=True):
         torch.testing.assert_close(theta.double(), right, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_and_memory_formats_do_not_change_a_bit(dtype, monkeypatch):
+def test_parts_and_memory_formats_give_the_same_bits(dtype, monkeypatch):
     sizes = [(2, 3, 5, 7), (100,), (), (1,)]
     expected = held_back(steps(sizes, dtype=dtype))
     plain = Compiled()
     plain.works = False
-    monkeypatch.setattr(module, "CHUNK", 16)
-    monkeypatch.setattr(module, "SMALL", 2)
-    monkeypatch.setattr(module, "CALLS", 1)
+    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(fused, "SMALL", 2)
+    monkeypatch.setattr(fused, "CALLS", 1)
     for formats in ("all", "theta alone"):
         made = steps(sizes, dtype=dtype)
         made[0].parameters = [made[0].parameters[0].to(memory_format=torch.channels_last)]
@@ -76,14 +77,14 @@ def test_chunks_and_memory_formats_do_not_change_a_bit(dtype, monkeypatch):
             assert torch.equal(theta, other)
 
 
-def test_compiled_once_it_gives_the_same_bits(monkeypatch):
+def test_the_function_is_compiled_once_and_gives_the_same_bits(monkeypatch):
     sizes = [(300, 401), (1,), (9,), (1000,), (33, 3, 2)]
     compiled = Compiled()
     for rate in (0.1, 0.03):
         expected = held_back(steps(sizes, rate=rate))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "CHUNK", 100)
-            patch.setattr(module, "SMALL", 8)
+            patch.setattr(fused, "CHUNK", 100)
+            patch.setattr(fused, "SMALL", 8)
             with (
                 torch.compiler.set_stance("default" if rate == 0.1 else "fail_on_recompile"),
                 torch.no_grad(),
@@ -95,7 +96,7 @@ def test_compiled_once_it_gives_the_same_bits(monkeypatch):
             assert torch.equal(theta, other)
 
 
-def test_where_compiling_fails_it_is_tried_once_and_said_once(monkeypatch, recwarn):
+def test_where_compiling_fails_it_is_tried_once_with_one_warning(monkeypatch, recwarn):
     def fails(*arguments, **options):
         def call(*arguments):
             raise RuntimeError("no compiler")
@@ -104,8 +105,8 @@ def test_where_compiling_fails_it_is_tried_once_and_said_once(monkeypatch, recwa
 
     expected = held_back(steps([(400,), (50,)]))
     compiled = Compiled()
-    monkeypatch.setattr(module, "CHUNK", 100)
-    monkeypatch.setattr(module, "SMALL", 60)
+    monkeypatch.setattr(fused, "CHUNK", 100)
+    monkeypatch.setattr(fused, "SMALL", 60)
     monkeypatch.setattr(torch, "compile", fails)
     for _ in range(2):
         for theta, other in zip(held_back(steps([(400,), (50,)]), compiled), expected, strict=True):
@@ -115,6 +116,6 @@ def test_where_compiling_fails_it_is_tried_once_and_said_once(monkeypatch, recwa
     ]
 
 
-def test_few_values_are_not_worth_compiling(monkeypatch):
+def test_steps_of_few_values_are_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
     held_back(steps([(784, 100), (100,)]))

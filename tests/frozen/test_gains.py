@@ -1,4 +1,4 @@
-"""From Fisher information to bits: both rules."""
+"""From Fisher information to frozen bits, by the exact rule and by the paper's."""
 
 import math
 
@@ -22,7 +22,7 @@ PRIORS = st.sampled_from([1e-11, 1e-6, 1e-3, 1.0])
 
 
 @given(FISHERS, PRIORS)
-def test_the_gains_of_the_exact_rule_telescope(fishers, prior):
+def test_the_gains_of_the_exact_rule_add_up_to_one_logarithm(fishers, prior):
     theta = torch.tensor([0.1, -0.2, 0.3, 0.0])
     frozen = DiagonalState.of(theta, 1.0, prior)
     gains = [consolidate(theta, frozen, torch.tensor(fisher)) for fisher in fishers]
@@ -32,7 +32,7 @@ def test_the_gains_of_the_exact_rule_telescope(fishers, prior):
 
 
 @given(FISHERS, PRIORS, st.sampled_from(["exact", "paper"]), st.sampled_from(["strict", "paper"]))
-def test_bits_never_decrease_and_never_pass_the_most(fishers, prior, rule, cell):
+def test_bits_never_decrease_and_never_exceed_max_bits(fishers, prior, rule, cell):
     theta = torch.tensor([0.1, -0.2, 0.3, 0.0])
     frozen = DiagonalState.of(theta, 1.0, prior, max_bits=12, cell=cell, rule=rule)
     for fisher in fishers:
@@ -43,7 +43,7 @@ def test_bits_never_decrease_and_never_pass_the_most(fishers, prior, rule, cell)
 
 
 @given(FISHERS, PRIORS, st.sampled_from(["exact", "paper"]))
-def test_frozen_codes_survive_every_boundary_in_the_strict_cell(fishers, prior, rule):
+def test_frozen_codes_stay_the_same_at_every_boundary_in_the_strict_cell(fishers, prior, rule):
     theta = torch.tensor([0.1, -0.2, 0.3, -0.999])
     frozen = DiagonalState.of(theta, 1.0, prior, rule=rule)
     for fisher in fishers:
@@ -61,7 +61,7 @@ def test_a_task_without_information_freezes_nothing():
         assert frozen.bits.item() == 0
 
 
-def test_the_papers_rule_by_hand():
+def test_the_papers_rule_gives_the_figures_computed_by_hand():
     theta = torch.tensor([0.3])
     frozen = DiagonalState.of(theta, 1.0, prior=1.0, cell="paper", rule="paper")
     first = consolidate(theta, frozen, torch.tensor([31.0]))
@@ -76,7 +76,7 @@ def test_the_papers_rule_by_hand():
     assert frozen.bits.item() == 3
 
 
-def test_the_exact_rule_by_hand():
+def test_the_exact_rule_gives_the_figures_computed_by_hand():
     theta = torch.tensor([0.3])
     frozen = DiagonalState.of(theta, 1.0, prior=1.0)
     consolidate(theta, frozen, torch.tensor([3.0]))
@@ -88,7 +88,7 @@ def test_the_exact_rule_by_hand():
     assert theta.item() == pytest.approx(0.3, abs=2**-21)
 
 
-def test_the_formulas():
+def test_average_gain_and_bits_have_the_values_of_their_formulas():
     assert average_fisher(torch.tensor(2.0), torch.tensor(6.0), task=1).item() == 4.0
     assert information_gain(torch.tensor(8.0), torch.tensor(2.0)).item() == 1.0
     assert exact_bits(torch.tensor([2.0**60]), prior=1.0, max_bits=20).item() == 20
@@ -97,7 +97,7 @@ def test_the_formulas():
 
 
 def spread_fishers(tasks, values=20_000):
-    """Fisher information over twenty orders of magnitude, every tenth value without any."""
+    """Yield the Fisher information of tasks, over twenty orders of magnitude; a tenth of the values is 0."""
     usual = torch.randn(values) * 6
     for _ in range(tasks):
         fisher = torch.exp(usual + torch.randn(values) * 2) * 1e-5
@@ -106,7 +106,7 @@ def spread_fishers(tasks, values=20_000):
 
 @pytest.mark.parametrize("tasks", [1, 10, 50])
 @pytest.mark.parametrize("prior", [1e-11, 1e-6, 784e-6])
-def test_sixteen_bits_of_information_freeze_what_a_float32_would(tasks, prior):
+def test_information_in_sixteen_bits_freezes_almost_the_same_bits_as_in_float32(tasks, prior):
     theta = torch.rand(20_000) - 0.5
     frozen = DiagonalState.of(theta, 1.0, prior)
     running = torch.full_like(theta, prior)
@@ -121,7 +121,7 @@ def test_sixteen_bits_of_information_freeze_what_a_float32_would(tasks, prior):
 
 
 @pytest.mark.parametrize("prior", [1e-11, 1e-6, 1.0])
-def test_gains_far_below_the_prior_and_each_other_add_up(prior):
+def test_gains_far_below_the_prior_add_up(prior):
     theta = torch.zeros(1)
     frozen = DiagonalState.of(theta, 1.0, prior)
     for _ in range(100):
@@ -129,7 +129,7 @@ def test_gains_far_below_the_prior_and_each_other_add_up(prior):
     assert frozen.information.item() == pytest.approx(1e-3, rel=2**-8)
 
 
-def test_bits_are_exact_at_every_power_of_two():
+def test_bits_change_exactly_at_odd_powers_of_two():
     powers = torch.arange(-8, 60, dtype=torch.float64)
     for nudge, below in ((-(2**-20), 1), (0, 0), (2**-20, 0)):
         precision = (2.0**powers * (1 + nudge)).float()

@@ -1,9 +1,8 @@
-"""A layer in its Kronecker eigenbasis: factors, precisions, cells, the pull."""
+"""A layer in its Kronecker eigenbasis: factors, precisions, cells and the pull."""
 
 import copy
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
@@ -15,11 +14,12 @@ from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.factors import Factors, matrix_layers
 from lightning_blip.frozen.kronecker import KroneckerInformation, KroneckerState, as_matrix
 from lightning_blip.frozen.network import FrozenNetwork
-from tests.helpers.networks import QUIET, Net, blobs, pairs
+from tests.helpers.fitting import fit
+from tests.helpers.networks import Net, blobs, pairs
 
 
 def per_sample(network, x):
-    """The inputs and output gradients of every sample, with labels as drawn by diagonal_fisher."""
+    """Return the gradients of every sample by parameter name, with the labels that diagonal_fisher draws."""
     drawn = []
 
     class Keep:
@@ -33,7 +33,7 @@ def per_sample(network, x):
     return dict(drawn)
 
 
-def test_factors_of_one_linear_layer_are_the_means_of_outer_products():
+def test_the_factors_of_a_linear_layer_are_the_means_of_outer_products():
     torch.manual_seed(0)
     network, x = nn.Linear(3, 4).double(), torch.randn(50, 3).double()
     frozen = FrozenNetwork("kronecker")
@@ -54,7 +54,7 @@ def test_factors_of_one_linear_layer_are_the_means_of_outer_products():
         nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
     ],
 )
-def test_the_calibrated_product_has_the_trace_of_the_fisher_information(network):
+def test_the_product_of_the_factors_has_the_trace_of_the_fisher_information(network):
     torch.manual_seed(0)
     network, x = network.double(), torch.randn(40, 6).double()
     layers = matrix_layers(network, dict(network.named_parameters()))
@@ -65,6 +65,7 @@ def test_the_calibrated_product_has_the_trace_of_the_fisher_information(network)
     collectors.finish()
     information = collectors.information(fisher)
     assert information.keys() == layers.keys()
+    assert len(layers) == 2
     for weight, one in information.items():
         trace = fisher[weight].sum() + fisher[layers[weight]].sum()
         calibrated = one.factors
@@ -73,7 +74,7 @@ def test_the_calibrated_product_has_the_trace_of_the_fisher_information(network)
         torch.testing.assert_close(calibrated.A.trace(), calibrated.G.trace())
 
 
-def test_layers_are_matrices_of_one_group_that_nothing_else_uses():
+def test_only_matrices_of_one_group_with_a_weight_of_their_own_count_as_layers():
     network = nn.ModuleDict(
         {
             "plain": nn.Linear(4, 4),
@@ -95,6 +96,7 @@ def test_layers_are_matrices_of_one_group_that_nothing_else_uses():
 
 
 def state(prior=1e-3, tasks=2, size=(5, 7), rank=None, seed=0):
+    """Return a weight, its state after random tasks, its Fisher matrix and the last information gain."""
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(size, generator=generator).double() * 0.1
     frozen = KroneckerState.of(theta, bound=1.0, prior=prior, rank=rank)
@@ -107,7 +109,7 @@ def state(prior=1e-3, tasks=2, size=(5, 7), rank=None, seed=0):
     return theta, frozen, torch.kron(*sums) / tasks, gain
 
 
-def test_precisions_are_those_of_the_formula_in_the_eigenbasis():
+def test_precisions_in_the_eigenbasis_follow_the_formula():
     _, frozen, F, _ = state()
     basis = torch.kron(frozen.output_basis, frozen.input_basis)
     torch.testing.assert_close((basis * frozen.information.flatten()) @ basis.T, F)
@@ -116,8 +118,8 @@ def test_precisions_are_those_of_the_formula_in_the_eigenbasis():
     assert torch.equal(frozen.bits, expected.to(torch.uint8))
 
 
-def test_the_pull_is_the_proximal_step_of_the_whole_quadratic():
-    theta, frozen, F, _ = state(prior=1e9)  # no cells in the way
+def test_the_pull_is_the_proximal_step_of_the_whole_quadratic_penalty():
+    theta, frozen, F, _ = state(prior=1e9)  # so large that there are no cells
     moved = theta + 0.3
     held = frozen.held_back(moved, strength=2.0)
     # argmin over x of |x - moved|²/2 + 2·(x - θ*)ᵀF(x - θ*)/2
@@ -125,7 +127,7 @@ def test_the_pull_is_the_proximal_step_of_the_whole_quadratic():
     torch.testing.assert_close(held - theta, expected.view(5, 7))
 
 
-def test_no_coordinate_leaves_its_cell():
+def test_every_coordinate_is_put_back_into_its_cell():
     theta, frozen, _, _ = state(prior=1e-6)
     held = frozen.held_back(theta + torch.randn(5, 7).double() * 10, strength=0.0)
     omega = frozen.output_basis.T @ (held - theta) @ frozen.input_basis
@@ -136,7 +138,7 @@ def test_no_coordinate_leaves_its_cell():
 
 
 def large_layer():
-    """One of 60 by 80 whose eigenvalues fall fast, as those of large layers do, and a step of it."""
+    """Return a state of 60 by 80 whose eigenvalues fall as fast as those of large layers, and a step."""
     generator = torch.Generator().manual_seed(0)
     G, A = (
         torch.linalg.qr(torch.randn(n, n, generator=generator))[0] * torch.logspace(1, -9, n)
@@ -149,7 +151,7 @@ def large_layer():
 
 
 @pytest.mark.parametrize("pull", [0.0, 1e-4, 2.0, 1e6])
-def test_what_hardly_any_task_uses_may_be_left_out_of_the_sums(pull):
+def test_leaving_out_directions_with_hardly_any_information_changes_the_step_by_rounding_only(pull):
     frozen, step = large_layer()
     omega = frozen.output_basis.T @ step @ frozen.input_basis
     width = torch.where(frozen.bits > 0, 0.5 ** frozen.bits.float(), torch.inf)
@@ -159,14 +161,14 @@ def test_what_hardly_any_task_uses_may_be_left_out_of_the_sums(pull):
     assert 0 < (frozen.bits > 0).float().mean() < 0.5
 
 
-def test_what_hardly_any_task_uses_takes_no_products():
+def test_directions_with_hardly_any_information_take_no_products():
     frozen, step = large_layer()
     with FlopCounterMode(display=False) as counter:
         frozen.held_back(step, strength=0.1)
     assert 0 < counter.get_total_flops() < 0.5 * 2 * (2 * 60 * 80 * (60 + 80))
 
 
-def test_predicted_forgetting_is_the_quadratic_form_of_the_mean_over_tasks():
+def test_the_predicted_forgetting_is_the_quadratic_form_of_the_mean_fisher_matrix():
     theta, frozen, F, _ = state()
     step = torch.randn(5, 7).double()
     expected = 0.5 * step.flatten() @ F @ step.flatten() / 2
@@ -174,22 +176,22 @@ def test_predicted_forgetting_is_the_quadratic_form_of_the_mean_over_tasks():
     assert frozen.strain([theta]).forgetting == 0
 
 
-def test_the_gain_is_measured_against_what_was_known_in_the_new_basis():
+def test_the_gain_compares_the_precisions_before_and_after_a_task_in_the_new_basis():
     _, first, _, gain = state(tasks=1)
     torch.testing.assert_close(gain, 0.5 * torch.log2(first.precision / 1e-3))
     theta, frozen, _, _ = state(tasks=2)
-    same = copy.deepcopy(frozen)
+    after = copy.deepcopy(frozen)
     nothing = Factors(torch.zeros(7, 7), torch.zeros(5, 5))
-    gain = same.consolidate([theta], KroneckerInformation(nothing))
-    # A task without information spreads what is known over one task more.
-    torch.testing.assert_close(same.information, frozen.information * 2 / 3)
+    gain = after.consolidate([theta], KroneckerInformation(nothing))
+    # The information is a mean over tasks, and the new task has none.
+    torch.testing.assert_close(after.information, frozen.information * 2 / 3)
     torch.testing.assert_close(
         gain, 0.5 * torch.log2((1e-3 + frozen.information * 2 / 3) / (1e-3 + frozen.information))
     )
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_what_a_rank_leaves_out_counts_with_its_mean(rank):
+def test_the_directions_that_a_rank_leaves_out_share_their_mean_eigenvalue(rank):
     theta, frozen, _, _ = state(prior=1e9, rank=rank)
 
     def factor(basis, values, rest):
@@ -209,8 +211,9 @@ def test_what_a_rank_leaves_out_counts_with_its_mean(rank):
     assert frozen.strain([theta + step]).forgetting == pytest.approx(expected)
 
 
-def test_a_rank_keeps_the_directions_that_matter_most_in_constant_memory():
+def test_a_rank_keeps_the_directions_with_most_information_in_constant_memory():
     def numbers(one):
+        """Return how many numbers a state stores."""
         return sum(value.numel() for value in vars(one).values() if isinstance(value, torch.Tensor))
 
     _, whole, F, _ = state(tasks=5)
@@ -222,20 +225,19 @@ def test_a_rank_keeps_the_directions_that_matter_most_in_constant_memory():
 
 
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_fit_resumed_after_any_epoch_ends_as_the_unbroken_one(tmp_path, stop):
+def test_a_fit_resumed_after_any_epoch_ends_like_a_fit_without_a_break(tmp_path, stop):
     def parts():
         torch.manual_seed(1)
         return Net(norm=True), BLIP(basis="kronecker", every=3), pairs(seed=7)
 
     whole, blip, tasks = parts()
-    pl.Trainer(**QUIET, callbacks=[blip]).fit(whole, datamodule=tasks)
+    fit(blip, whole, tasks)
     module, first, tasks = parts()
     checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    options = {**QUIET, "callbacks": [first, checkpoint], "enable_checkpointing": True}
-    pl.Trainer(**options, max_epochs=stop).fit(module, datamodule=tasks)
+    fit([first, checkpoint], module, tasks, enable_checkpointing=True, max_epochs=stop)
     module, second, tasks = parts()
-    trainer = pl.Trainer(**QUIET, callbacks=[second])
-    trainer.fit(module, datamodule=tasks, ckpt_path=tmp_path / f"epoch={stop - 1}.ckpt")
+    fit(second, module, tasks, ckpt_path=tmp_path / f"epoch={stop - 1}.ckpt")
+    assert blip.tasks_learned == second.tasks_learned == 3
     for name, value in whole.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
     assert second.chosen == blip.chosen
@@ -243,7 +245,7 @@ def test_a_fit_resumed_after_any_epoch_ends_as_the_unbroken_one(tmp_path, stop):
         assert torch.equal(second.bits()[name], bits)
 
 
-def test_what_is_not_a_matrix_stays_in_its_own_basis():
+def test_parameters_of_other_layers_are_measured_in_the_diagonal_basis():
     blip = BLIP(basis="kronecker")
     network = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 6))
     blip.consolidate(network, DataLoader(blobs(), batch_size=30))
@@ -256,7 +258,7 @@ def test_what_is_not_a_matrix_stays_in_its_own_basis():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_convolution_is_pulled_as_the_matrix_of_its_patches(channels_last):
+def test_a_convolution_is_pulled_as_a_matrix_that_acts_on_patches(channels_last):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     if channels_last:
@@ -276,7 +278,7 @@ def test_a_convolution_is_pulled_as_the_matrix_of_its_patches(channels_last):
     assert blip.predicted_forgetting(network) > 0
 
 
-def test_a_weight_used_elsewhere_is_refused_by_name():
+def test_a_weight_that_is_not_used_as_a_matrix_is_refused_by_name():
     class Odd(nn.Linear):
         def forward(self, x):
             return torch.einsum("bi,oi->bo", x, self.weight.square()) + self.bias
@@ -286,20 +288,20 @@ def test_a_weight_used_elsewhere_is_refused_by_name():
         blip.consolidate(Odd(8, 6), DataLoader(blobs(), batch_size=30))
 
 
-def test_a_layer_that_takes_no_part_knows_nothing():
-    class Partly(nn.Linear):
+def test_a_layer_that_forward_does_not_use_has_no_frozen_bits():
+    class Partial(nn.Linear):
         def __init__(self):
             super().__init__(8, 6)
             self.spare = nn.Linear(3, 3)
 
-    network, blip = Partly(), BLIP(prior=1e-6, basis="kronecker")
+    network, blip = Partial(), BLIP(prior=1e-6, basis="kronecker")
     blip.consolidate(network, DataLoader(blobs(), batch_size=30))
     assert not blip.bits()["spare.weight"].any()
     assert blip.bits()["weight"].any()
     assert blip.predicted_forgetting(network) == 0
 
 
-def test_the_steps_of_a_loop_are_pulled_together_every_so_many():
+def test_one_pull_makes_up_for_all_steps_since_the_last_one():
     torch.manual_seed(0)
     network = nn.Linear(8, 6)
     blip = BLIP(basis="kronecker", every=3, prior=1e6, pull=5.0, damping=0.0)
@@ -309,7 +311,7 @@ def test_the_steps_of_a_loop_are_pulled_together_every_so_many():
     plain = copy.deepcopy(network)
     other = torch.optim.SGD(plain.parameters(), lr=0.1)
     x, y = blobs().tensors
-    layer.pace.total = 60  # the pulls that soon follow a boundary lie closer together
+    layer.pace.total = 60  # soon after a boundary there are fewer steps between pulls
     for step in range(1, 4):
         for net, one in ((network, optimizer), (plain, other)):
             one.zero_grad()
@@ -320,13 +322,3 @@ def test_the_steps_of_a_loop_are_pulled_together_every_so_many():
             assert torch.equal(*both)
     torch.testing.assert_close(both[0], layer.held_back(both[1], strength=5.0 * 0.3))
     assert not torch.equal(*both)
-
-
-@pytest.mark.parametrize("options", [{"rule": "paper"}, {"scale": 0.5}, {"cell": "paper"}])
-def test_what_the_basis_does_not_know_is_refused(options):
-    with pytest.raises(ValueError, match="is not known in basis='kronecker'"):
-        BLIP(basis="kronecker", **options)
-    with pytest.raises(ValueError, match="basis='mine' must be one of"):
-        BLIP(basis="mine")
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
-        BLIP(basis="kronecker", rank=0)

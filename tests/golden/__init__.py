@@ -1,1 +1,1 @@
-"""Checkpoints as each version of the saved state was written."""
+"""Checkpoints that each version of the saved state wrote."""

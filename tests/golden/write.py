@@ -1,4 +1,4 @@
-"""Writes the checkpoints of the current version; done once, when the version goes up."""
+"""Write the checkpoints of the current version. Run this once for each new version."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ BLIPS = {
 
 
 def main() -> None:
-    """Two of three tasks, and one epoch of the third."""
+    """Train on two of three tasks and for one epoch of the third, and save a checkpoint of each kind."""
     for name, make in BLIPS.items():
         torch.manual_seed(0)
         trainer = pl.Trainer(**QUIET, callbacks=[make()], max_epochs=5)

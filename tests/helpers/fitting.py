@@ -1,4 +1,4 @@
-"""Fits that the tests run, and the comparison of what comes out of them."""
+"""The fit that most tests run, and the comparison of saved states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small streams and modules that the tests train."""
+"""Small streams and modules that tests train."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET: dict[str, Any] = {
 
 
 def blobs(samples: int = 120, classes: int = 6, inputs: int = 8, seed: int = 0) -> TensorDataset:
-    """Well separated clouds of points, one a class, their labels counting up and round again."""
+    """Return well separated clouds of points, one per class; labels are 0, 1, …, classes − 1, 0, 1, …."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, inputs, generator=torch.Generator().manual_seed(99)) * 2
     y = torch.arange(samples) % classes
@@ -31,13 +31,13 @@ def blobs(samples: int = 120, classes: int = 6, inputs: int = 8, seed: int = 0) 
 
 
 def pairs(**options: Any) -> TaskSequenceDataModule:
-    """Three tasks of two classes."""
+    """Return a sequence of three tasks with two classes each."""
     options = {"epochs_per_task": 2, "batch_size": 16, **options}
     return TaskSequenceDataModule.split_classes(blobs(), blobs(seed=1), classes_per_task=2, **options)
 
 
 class Net(pl.LightningModule):
-    """An ordinary module; with ``heads`` one head per task, else one shared head."""
+    """An ordinary module with ``heads`` heads, one per task, or with one shared head if ``heads`` is 0."""
 
     def __init__(self, heads: int = 0, norm: bool = False, optimizer: Any = None) -> None:
         super().__init__()

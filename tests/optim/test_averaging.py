@@ -1,4 +1,4 @@
-"""The mean of the weights over the end of a task."""
+"""The mean of the weights over the last fifth of a task."""
 
 import pytest
 import pytorch_lightning as pl
@@ -8,10 +8,11 @@ from torch import nn
 
 from lightning_blip import BLIP, TaskStopping
 from lightning_blip.optim.averaging import MeanWeights
-from tests.helpers.networks import QUIET, Net, pairs
+from tests.helpers.fitting import fit
+from tests.helpers.networks import Net, pairs
 
 
-def test_the_mean_is_of_all_that_training_moves():
+def test_the_mean_is_of_all_trained_parameters_and_floating_point_buffers():
     network, mean = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), MeanWeights()
     network[0].bias.requires_grad_(False)
     states = []
@@ -27,66 +28,77 @@ def test_the_mean_is_of_all_that_training_moves():
         averaged = name not in ("0.bias", "1.num_batches_tracked")
         expected = torch.stack([state[name] for state in states]).mean(0) if averaged else states[-1][name]
         torch.testing.assert_close(value, expected)
-    mean.put_in_place(network)  # nothing is left to put
-    torch.testing.assert_close(
-        network[0].weight.detach(), torch.stack([s["0.weight"] for s in states]).mean(0)
-    )
 
 
-class Watch(pl.Callback):
-    """Comes after BLIP in a batch, and before it at the end of a task."""
+def test_a_mean_that_was_put_in_place_is_forgotten():
+    network, mean = nn.Linear(3, 2), MeanWeights()
+    mean.add(network)
+    mean.put_in_place(network)
+    assert mean.count == 0
+    network.weight.data.add_(1.0)
+    moved = network.weight.detach().clone()
+    mean.put_in_place(network)
+    assert torch.equal(network.weight, moved)
+
+
+class HeadWeights(pl.Callback):
+    """Records the head's weight; placed before BLIP, so at the end of a task before the mean is put in place.
+
+    Attributes:
+        after_steps: For each task, the weight after every step.
+        at_task_ends: For each task, the weight before BLIP consolidates it.
+        at_validations: The weight at the start of every validation.
+    """
 
     def __init__(self):
-        self.seen = []
-        self.pairs = []
+        self.after_steps = []
+        self.at_task_ends = []
+        self.at_validations = []
+
+    def on_task_start(self, trainer, pl_module, task):
+        self.after_steps.append([])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(pl_module.head.weight.detach().clone())
+        self.after_steps[-1].append(pl_module.head.weight.detach().clone())
 
     def on_task_end(self, trainer, pl_module, task):
-        self.pairs.append((self.seen, pl_module.head.weight.detach().clone()))
-        self.seen = []
+        self.at_task_ends.append(pl_module.head.weight.detach().clone())
 
-
-def fit(blip, callbacks, **options):
-    module = Net()
-    trainer = pl.Trainer(**QUIET, callbacks=[*callbacks, blip], **options)
-    trainer.fit(module, datamodule=pairs(epochs_per_task=5))
-    return module
+    def on_validation_start(self, trainer, pl_module):
+        self.at_validations.append(pl_module.head.weight.detach().clone())
 
 
 def test_a_task_ends_with_the_mean_over_its_last_fifth():
-    class Ends(pl.Callback):
-        ends = []
-
-        def on_validation_start(self, trainer, pl_module):
-            self.ends.append(pl_module.head.weight.detach().clone())
-
     torch.manual_seed(0)
-    watch = Watch()
-    # Nothing is frozen or pulled, and every step counts: the mean is that of the last epoch's three states.
+    weights = HeadWeights()
+    # Nothing is frozen or pulled, and every step counts: the mean is that of the last epoch's three steps.
     blip = BLIP(prior=1e9, pull=0, every=1)
-    fit(blip, [watch, Ends()], num_sanity_val_steps=0, check_val_every_n_epoch=100)
-    assert len(watch.pairs) == len(Ends.ends) == 3
-    for (seen, last), end in zip(watch.pairs, Ends.ends, strict=True):
-        assert torch.equal(last, seen[-1])
-        torch.testing.assert_close(end, torch.stack(seen[-3:]).mean(0), atol=2e-6, rtol=0)
+    fit(
+        [weights, blip],
+        tasks=pairs(epochs_per_task=5),
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=100,  # so validation runs at boundaries alone
+    )
+    assert len(weights.at_task_ends) == len(weights.at_validations) == 3
+    for steps, last, end in zip(
+        weights.after_steps, weights.at_task_ends, weights.at_validations, strict=True
+    ):
+        assert torch.equal(last, steps[-1])
+        mean = torch.stack(steps[-3:]).mean(0)
+        torch.testing.assert_close(end, mean, atol=2e-6, rtol=0)
+        assert (mean - last).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("how", ["switched off", "best weights restored"])
-def test_the_weights_stay_as_they_are(how):
-    class Ends(pl.Callback):
-        ends = []
-
-        def on_validation_start(self, trainer, pl_module):
-            self.ends.append(pl_module.head.weight.detach().clone())
-
+@pytest.mark.parametrize("reason", ["switched off", "best weights restored"])
+def test_weights_are_not_averaged_when_switched_off_or_when_the_best_are_restored(reason):
     torch.manual_seed(0)
-    watch, Ends.ends = Watch(), []
-    blip = BLIP(prior=1e9, pull=0, average=how != "switched off")
-    stopping = [TaskStopping("val_acc", patience=9, mode="max")] if how != "switched off" else []
-    fit(blip, [watch, Ends(), *stopping], num_sanity_val_steps=0)
-    for (_, last), end in zip(watch.pairs, Ends.ends[5::6], strict=True):
+    weights = HeadWeights()
+    blip = BLIP(prior=1e9, pull=0, every=1, average=reason != "switched off")
+    stopping = [TaskStopping("val_acc", patience=9, mode="max")] if reason != "switched off" else []
+    fit([weights, *stopping, blip], tasks=pairs(epochs_per_task=5), num_sanity_val_steps=0)
+    after_boundaries = weights.at_validations[5::6]
+    assert len(after_boundaries) == len(weights.at_task_ends) == 3
+    for last, end in zip(weights.at_task_ends, after_boundaries, strict=True):
         torch.testing.assert_close(end, last, atol=2e-6, rtol=0)
 
 
@@ -97,12 +109,11 @@ def test_a_fit_resumed_within_the_averaged_epochs_ends_as_the_unbroken_one(tmp_p
 
     whole, blip, tasks = parts()
     checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = pl.Trainer(**{**QUIET, "callbacks": [blip, checkpoint], "enable_checkpointing": True})
-    trainer.fit(whole, datamodule=tasks)
+    fit([blip, checkpoint], whole, tasks, enable_checkpointing=True)
     # The last two epochs of ten are averaged, each of three steps; this is the ninth of the second task.
     path = tmp_path / "epoch=18.ckpt"
     assert torch.load(path, weights_only=True)["callbacks"]["BLIP"]["mean"]["count"] == 3
     module, second, tasks = parts()
-    pl.Trainer(**QUIET, callbacks=[second]).fit(module, datamodule=tasks, ckpt_path=path)
+    fit(second, module, tasks, ckpt_path=path)
     for name, value in whole.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
