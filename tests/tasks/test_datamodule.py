@@ -85,6 +85,24 @@ def test_the_position_is_saved_and_restored():
     assert torch.equal(order(other), order(tasks))
 
 
+def test_a_loader_resumes_within_its_epoch_and_starts_any_other_from_the_beginning():
+    unbroken = pairs().train_dataloader()
+    batches = iter(unbroken)
+    next(batches), next(batches)
+    state = unbroken.state_dict()
+    resumed = pairs().train_dataloader()
+    resumed.load_state_dict(state)
+    rest = iter(resumed)
+    assert torch.equal(next(rest)[0], next(batches)[0])
+    assert resumed.state_dict() == unbroken.state_dict() != state
+    assert list(rest) == []
+    later = pairs()
+    later.end_epoch()
+    other = later.train_dataloader()
+    other.load_state_dict(state)
+    assert len(list(other)) == 3
+
+
 def test_a_checkpoint_of_a_closed_task_has_the_task_learned():
     tasks = pairs()
     tasks.end_epoch()

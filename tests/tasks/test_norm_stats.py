@@ -397,7 +397,7 @@ def test_use_task_activates_the_head_and_refuses_unknown_tasks():
     blip = BLIP()
     network = nn.Sequential(plain(), TaskHeads(6, classes=[6, 6]))
     for task in range(2):
-        with pytest.raises(ValueError, match=rf"task={task + 1} must be 0 to {task}: .* being learned"):
+        with pytest.raises(ValueError, match=rf"task={task + 1} must be 0 to {task}: .* for the current one"):
             blip.use_task(network, task + 1)
         blip.use_task(network, task)
         assert network[1].active == task
