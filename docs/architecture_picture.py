@@ -20,7 +20,7 @@ ROWS = [
         ("baselines/", "other methods", "ewc  si  mas  lwf  gpm  frozen_body  joint"),
     ],
     [
-        ("readouts", "what can be read of BLIP", "bits  precision  state"),
+        ("by_hand", "the part of BLIP without a Trainer", "consolidate  wrap  state"),
         ("memory", "what BLIP remembers", "made, consolidated, saved, restored"),
     ],
     [

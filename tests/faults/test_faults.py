@@ -102,7 +102,9 @@ def test_too_little_memory_is_answered_once_with_smaller_parts():
     small.load_state_dict(plain.state_dict())
     one, other = BLIP(prior=1e-4, pull=1.0, damping=0.1), BLIP(prior=1e-4, pull=1.0, damping=0.1)
     one.consolidate(plain, loader)
-    with pytest.warns(UserWarning, match="Not enough memory to measure the information: again, by 4 parts"):
+    with pytest.warns(
+        UserWarning, match="Not enough memory to measure the information: trying again with 4 parts"
+    ):
         other.consolidate(small, loader)
     assert same(one.bits(), other.bits())
     for name, precision in one.precision().items():

@@ -456,7 +456,7 @@ def test_without_running_statistics_the_state_does_not_grow_with_the_tasks(setti
 def test_the_default_norm_stats_depend_on_the_networks_heads():
     def chosen(blip, heads):
         blip.wrap(torch.optim.SGD((module := Net(heads, norm=True)).parameters(), lr=0.1), module)
-        return blip.norm_stats
+        return blip.norm_stats_in_use
 
     assert chosen(BLIP(), 3) == "per_task"
     assert chosen(BLIP(), 0) == "shared"
@@ -474,4 +474,4 @@ def test_the_chosen_norm_stats_are_saved_and_checked():
         BLIP(norm_stats="freeze").load_state_dict(saved)
     restored = BLIP()
     restored.load_state_dict(saved)
-    assert restored.norm_stats == "per_task"
+    assert restored.norm_stats_in_use == "per_task"
