@@ -16,11 +16,11 @@ ROWS = [
         )
     ],
     [
-        ("blip", "BLIP: hooks and public methods", "on_task_end  consolidate  wrap"),
+        ("blip", "BLIP: hooks, preset, checkpoints", "on_task_end  on_train_batch_end  paper"),
         ("baselines/", "other methods", "ewc  si  mas  lwf  gpm  frozen_body  joint"),
     ],
     [
-        ("by_hand", "the part of BLIP without a Trainer", "consolidate  wrap  state"),
+        ("by_hand", "BLIP without a Trainer", "bits  state  consolidate  wrap"),
         ("memory", "what BLIP remembers", "made, consolidated, saved, restored"),
     ],
     [
