@@ -70,6 +70,10 @@ class BLIP(Settings, ByHand, Callback):
         self._memory = Memory(self)
         self._optimizers: list[FrozenBitsOptimizer] = []  # those that the Trainer steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not the one that the Trainer's optimizers ask.
+        return {**vars(self), "_optimizers": []}
+
     @classmethod
     def paper(
         cls,

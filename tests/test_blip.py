@@ -458,9 +458,6 @@ def test_a_copy_beside_a_wrapped_optimizer_learns_on_by_itself(basis, duplicate)
         blip.consolidate(network, loader())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="copies take the Trainer's wrapped optimizers along"
-)
 def test_a_copy_of_the_blip_of_a_trainer_learns_on_by_itself():
     blip, module = BLIP(prior=1e-4), Net()
     fit(blip, module)

@@ -24,7 +24,7 @@ _BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class FrozenLayer:
+class LayerSummary:
     """What is frozen in one layer, or in several.
 
     Attributes:
@@ -33,7 +33,7 @@ class FrozenLayer:
             in the Kronecker basis.
 
     Example:
-        >>> layer = FrozenLayer("body", [6, 0, 2])
+        >>> layer = LayerSummary("body", [6, 0, 2])
         >>> layer.values, layer.mean_bits, layer.used_capacity, layer.frozen_share
         (8, 0.5, 0.25, 0.25)
     """
@@ -62,7 +62,7 @@ class FrozenLayer:
         return 1.0 - self.counts[0] / max(self.values, 1)
 
 
-def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
+def frozen_layers(blip: BLIP) -> list[LayerSummary]:
     """Return what is frozen in each layer.
 
     Args:
@@ -77,20 +77,20 @@ def frozen_layers(blip: BLIP) -> list[FrozenLayer]:
         >>> [(layer.name, layer.values) for layer in frozen_layers(blip)]
         [('weight', 8), ('bias', 2)]
     """
-    return [FrozenLayer(*one) for one in counts_by_layer(blip.bits(), blip.max_bits).items()]
+    return [LayerSummary(*one) for one in counts_by_layer(blip.bits(), blip.max_bits).items()]
 
 
-def whole_network(layers: Sequence[FrozenLayer]) -> FrozenLayer:
+def whole_network(layers: Sequence[LayerSummary]) -> LayerSummary:
     """Return the sum of all layers' counts, as one layer with the name ``all``.
 
     Args:
         layers: At least one layer.
 
     Example:
-        >>> whole_network([FrozenLayer("0", [2, 1]), FrozenLayer("1", [0, 3])]).counts
+        >>> whole_network([LayerSummary("0", [2, 1]), LayerSummary("1", [0, 3])]).counts
         [2, 4]
     """
-    return FrozenLayer(
+    return LayerSummary(
         "all", [sum(counts) for counts in zip(*(layer.counts for layer in layers), strict=True)]
     )
 
@@ -164,7 +164,7 @@ def show(path: Path) -> None:
     console.print(_histogram(network))
 
 
-def _table(layers: Sequence[FrozenLayer], network: FrozenLayer) -> Table:
+def _table(layers: Sequence[LayerSummary], network: LayerSummary) -> Table:
     titles = ("values", "frozen bits per value", "used capacity %", "values with frozen bits %")
     table = Table("layer", show_footer=len(layers) > 1)
     table.columns[0].footer = network.name
@@ -175,12 +175,12 @@ def _table(layers: Sequence[FrozenLayer], network: FrozenLayer) -> Table:
     return table
 
 
-def _figures(layer: FrozenLayer) -> list[str]:
+def _figures(layer: LayerSummary) -> list[str]:
     shares = (layer.used_capacity, layer.frozen_share)
     return [f"{layer.values:,}", f"{layer.mean_bits:.3f}", *(f"{100 * share:.2f}" for share in shares)]
 
 
-def _histogram(network: FrozenLayer) -> Table:
+def _histogram(network: LayerSummary) -> Table:
     """Return the number of values with each number of frozen bits, up to the largest that occurs."""
     most = max(bits for bits, count in enumerate(network.counts) if count)
     table = Table("frozen bits", "", "values", "%", box=None)

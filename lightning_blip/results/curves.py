@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_blip.blip import BLIP
 from lightning_blip.results import figures, loggers, names
-from lightning_blip.results.record import RECORD, Frozen, Predicted, RunRecord, Score, plain
+from lightning_blip.results.record import RECORD, BoundaryRecord, Predicted, RunRecord, Score, plain
 from lightning_blip.tasks.scores import task_score
 from lightning_blip.tasks.sequence import position, sequence
 from lightning_blip.tasks.task import Task
@@ -76,7 +76,7 @@ class ForgettingCurves(Callback):
         self.matrix: Tensor = torch.zeros(0, 0)
         """R (T, T): the score on task j after learning task i, NaN where not measured."""
         self._scores: list[Score] = []
-        self._frozen: list[Frozen] = []
+        self._frozen: list[BoundaryRecord] = []
         self._predicted: list[Predicted] = []
         self._at_boundary = False
 
@@ -115,7 +115,7 @@ class ForgettingCurves(Callback):
         if self._at_boundary:
             logged |= names.matrix_metrics(self.matrix)
             if blip is not None and blip.last_boundary is not None:
-                self._frozen.append(Frozen.of(learning.name, blip.last_boundary))
+                self._frozen.append(BoundaryRecord.of(learning.name, blip.last_boundary))
                 self._predicted.append(Predicted(place, self._frozen[-1].predicted_forgetting))
         elif blip is not None and blip.tasks_learned:
             self._predicted.append(Predicted(place, blip.predicted_forgetting(pl_module)))
@@ -183,7 +183,7 @@ class ForgettingCurves(Callback):
         more = max(0, len(self.matrix) - len(saved))
         self.matrix = F.pad(saved, (0, more, 0, more), value=torch.nan)
         self._scores = [Score(**{"position": torch.nan, **score}) for score in state_dict["history"]]
-        self._frozen = [Frozen.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
+        self._frozen = [BoundaryRecord.from_plain(frozen) for frozen in state_dict.get("frozen", [])]
         self._predicted = [Predicted(**predicted) for predicted in state_dict.get("predicted", [])]
 
     def _warn_of_missing(self, trainer: pl.Trainer) -> None:

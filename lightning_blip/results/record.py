@@ -59,7 +59,7 @@ class LayerBits:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class BoundaryRecord:
     """What is frozen after a boundary.
 
     Attributes:
@@ -78,7 +78,7 @@ class Frozen:
     layers: dict[str, LayerBits]
 
     @classmethod
-    def of(cls, task: str, report: BoundaryReport) -> Frozen:
+    def of(cls, task: str, report: BoundaryReport) -> BoundaryRecord:
         """Return the record of what BLIP froze at one boundary.
 
         Args:
@@ -92,7 +92,7 @@ class Frozen:
             >>> from lightning_blip.boundary import BoundaryReport, LayerReport
             >>> layer = LayerReport(information_gain=4.0, bits=[1, 1, 1])
             >>> report = BoundaryReport(0.0, 0.5, 0.0, 0.5, 0.0, {}, 1.5, {"0": layer})
-            >>> Frozen.of("first", report).layers["0"].used_capacity
+            >>> BoundaryRecord.of("first", report).layers["0"].used_capacity
             0.5
         """
         layers = {
@@ -112,7 +112,7 @@ class Frozen:
 
         Example:
             >>> layers = {"0": LayerBits(3, 0.5, 1.0, [0, 3, 0]), "1": LayerBits(1, 1.0, 1.0, [0, 0, 1])}
-            >>> Frozen("first", 0.625, 0.0, 2.0, layers).share_of_bits(["0"])
+            >>> BoundaryRecord("first", 0.625, 0.0, 2.0, layers).share_of_bits(["0"])
             0.375
         """
         values = sum(layer.values for layer in self.layers.values())
@@ -136,7 +136,7 @@ class Frozen:
         return {**alone, f"{len(others)} others": others} if others else alone
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Frozen:
+    def from_plain(cls, plain: Mapping[str, Any]) -> BoundaryRecord:
         """Return the object from which ``dataclasses.asdict`` made a dict."""
         layers = {name: LayerBits(**layer) for name, layer in plain["layers"].items()}
         return cls(**{**plain, "layers": layers})
@@ -182,7 +182,7 @@ class RunRecord:
     tasks: list[str]
     matrix: list[list[float]]
     scores: list[Score]
-    frozen: list[Frozen]
+    frozen: list[BoundaryRecord]
     predicted: list[Predicted]
     settings: dict[str, Any]
 
@@ -241,7 +241,7 @@ class RunRecord:
                 saved["tasks"],
                 saved["matrix"],
                 [Score(**score) for score in saved["scores"]],
-                [Frozen.from_plain(frozen) for frozen in saved["frozen"]],
+                [BoundaryRecord.from_plain(frozen) for frozen in saved["frozen"]],
                 [Predicted(**predicted) for predicted in saved["predicted"]],
                 settings,
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import replace
 
-from lightning_blip.results.record import Frozen, LayerBits, Predicted, RunRecord, Score
+from lightning_blip.results.record import BoundaryRecord, LayerBits, Predicted, RunRecord, Score
 
 #: The name of a task that would break a page which does not escape it.
 HOSTILE = '<b>&"x"\'</b>{{ 1 }} $\\frac$'
@@ -38,7 +38,7 @@ def record(
     matrix = [
         [score(i, j, 1.0) if j <= i else math.nan for j in range(len(names))] for i in range(len(names))
     ]
-    frozen: list[Frozen] = []
+    frozen: list[BoundaryRecord] = []
     predicted: list[Predicted] = []
     for i in range(len(names) if blip else 0):
         of = {
@@ -48,7 +48,7 @@ def record(
             for layer in range(layers)
         }
         used = sum(layer.used_capacity for layer in of.values()) / layers
-        frozen.append(Frozen(names[i], used, 0.01 * i, 3.0 * layers, of))
+        frozen.append(BoundaryRecord(names[i], used, 0.01 * i, 3.0 * layers, of))
         predicted += [Predicted(i + 0.25, 0.002 * i), Predicted(i + 0.75, 0.001 * i)]
     settings = {
         "blip": {"basis": "kronecker", "pull": "auto", "max_bits": 4} if blip else None,

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_blip.results.record import Frozen, LayerBits, Predicted, RunRecord, Score, plain
+from lightning_blip.results.record import BoundaryRecord, LayerBits, Predicted, RunRecord, Score, plain
 
 RECORD = RunRecord(
     metric="val_acc",
     tasks=["Käse", "2-3"],
     matrix=[[0.91, 0.25], [0.88, 0.93]],
     scores=[Score(938, 0, 0.5, "Käse", "Käse", 0.9, False), Score(1876, 1, 1.0, "Käse", "Käse", 0.91, True)],
-    frozen=[Frozen("Käse", 0.01, 0.0, 345.5, {"body.0": LayerBits(3, 1 / 30, 345.5, [1, 2, 0])})],
+    frozen=[BoundaryRecord("Käse", 0.01, 0.0, 345.5, {"body.0": LayerBits(3, 1 / 30, 345.5, [1, 2, 0])})],
     predicted=[Predicted(1.25, 0.1 + 0.2)],
     settings={"blip": None, "chosen": None, "hyperparameters": {"rate": 0.1, "layers": None}},
 )
@@ -76,13 +76,13 @@ def test_a_file_that_is_not_a_record_is_refused(tmp_path, text, message):
 
 
 def test_the_layers_with_the_fewest_frozen_bits_are_grouped_together():
-    first = Frozen("a", 0.1, 0.0, 1.0, {"0": LayerBits(10, 0.1, 1.0, [8, 2])})
+    first = BoundaryRecord("a", 0.1, 0.0, 1.0, {"0": LayerBits(10, 0.1, 1.0, [8, 2])})
     layers = {
         "0": LayerBits(10, 0.2, 1.0, [6, 4]),
         "1": LayerBits(10, 0.0, 0.0, [10, 0]),
         "2": LayerBits(20, 0.5, 2.0, [10, 10]),
     }
-    last = Frozen("b", 0.3, 0.0, 3.0, layers)
+    last = BoundaryRecord("b", 0.3, 0.0, 3.0, layers)
     assert last.grouped(1) == {"2": ["2"], "2 others": ["0", "1"]}
     assert last.grouped(2) == {"0": ["0"], "2": ["2"], "1 others": ["1"]}
     assert last.grouped(3) == {"0": ["0"], "1": ["1"], "2": ["2"]}
