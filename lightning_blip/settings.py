@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +22,22 @@ Likelihood = str | Callable[[Any], torch.distributions.Distribution]
 Labels = Literal["sampled", "empirical"]
 Auto = Literal["auto"]
 
+# The arguments that are numbers, with what may be given instead of one.
+_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "prior": ("auto",),
+    "pull": ("auto",),
+    "damping": ("auto",),
+    "scale": (),
+    "smoothing": (),
+    "forgetting_budget": (None,),
+}
+_WHOLE_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "max_bits": (),
+    "every": (),
+    "expected_tasks": (),
+    "rank": (None,),
+    "samples": (),
+}
 # A run that is resumed must have the values of these settings that it began with.
 _FIXED = ("prior", "max_bits", "rule", "cell", "basis", "rank", "pull", "damping", "norm_stats", "fan")
 
@@ -128,6 +146,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_types()
         self._check_numbers()
         self._check_combinations()
         check_likelihood(self.likelihood)
@@ -183,11 +202,21 @@ class Settings:
             if value not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {choices}")
 
-    def _check_numbers(self) -> None:
-        for name in ("prior", "pull", "damping"):
+    def _check_types(self) -> None:
+        for name, other in _NUMBERS.items():
             value = getattr(self, name)
-            if isinstance(value, str) and value != "auto":
-                raise ValueError(f'{name}={value!r} must be a number, or "auto"')
+            is_number = isinstance(value, Real) and not math.isinf(value)
+            if not is_number and value not in other:
+                alternative = "".join(f', or "{one}"' for one in other if one is not None)
+                raise ValueError(f"{name}={value!r} must be a number{alternative}")
+        for name, other in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and value not in other:
+                raise ValueError(f"{name}={value!r} must be a whole number")
+        if not isinstance(self.average, bool):
+            raise ValueError(f"average={self.average!r} must be True or False")
+
+    def _check_numbers(self) -> None:
         if not isinstance(self.prior, str) and not self.prior > 0:
             raise ValueError(
                 f'prior={self.prior} must be positive, the information that counts as none, or "auto"'

@@ -21,7 +21,15 @@ WRONG_VALUES = [
     ("prior", "mine", "prior='mine' must be a number, or \"auto\""),
     ("max_bits", 0, "max_bits=0 must be 1 to 20"),
     ("max_bits", 21, "max_bits=21 must be 1 to 20"),
-    ("max_bits", math.nan, "max_bits=nan must be 1 to 20"),
+    ("max_bits", math.nan, "max_bits=nan must be a whole number"),
+    ("max_bits", 2.5, "max_bits=2.5 must be a whole number"),
+    ("prior", math.inf, 'prior=inf must be a number, or "auto"'),
+    ("scale", "strong", "scale='strong' must be a number"),
+    ("scale", None, "scale=None must be a number"),
+    ("every", 1.5, "every=1.5 must be a whole number"),
+    ("rank", 2.0, "rank=2.0 must be a whole number"),
+    ("samples", None, "samples=None must be a whole number"),
+    ("average", "no", "average='no' must be True or False"),
     ("rule", "mine", "rule='mine' must be one of ('exact', 'paper')"),
     ("cell", "mine", "cell='mine' must be one of ('strict', 'paper')"),
     ("basis", "mine", "basis='mine' must be one of ('diagonal', 'kronecker')"),
@@ -48,8 +56,6 @@ WRONG_VALUES = [
 ]
 # Patterns are compared with the names of a network, at the start of a fit.
 PATTERNS = ("include", "exclude")
-# Any value counts as True or False.
-UNCHECKED = ("average",)
 
 
 def learned(**options):
@@ -72,7 +78,7 @@ def test_a_pattern_without_a_match_is_refused_when_the_fit_starts(name):
 
 
 def test_every_argument_has_a_wrong_value_here():
-    names = {name for name, _, _ in WRONG_VALUES} | {*PATTERNS, *UNCHECKED}
+    names = {name for name, _, _ in WRONG_VALUES} | set(PATTERNS)
     assert names == {one.name for one in fields(Settings)}
 
 
