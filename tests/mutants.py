@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 
 # Slower tests, in seconds of the processor, are left out.
-SLOWEST = 2.0
+SLOWEST = 0.5
 
 SWAPS: dict[type, tuple[type, ...]] = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
@@ -80,7 +80,9 @@ def mutants(path: Path) -> Iterator[Mutant]:
 def places(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, int]]:
     """Yield every node that may change, by its place; not annotations, decorators, docstrings and messages."""
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise | ast.JoinedStr):
+        if field in ("annotation", "returns", "decorator_list") or isinstance(
+            node, ast.Raise | ast.JoinedStr
+        ):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or is_text(child):
@@ -240,7 +242,11 @@ class Tester:
         usable = {item: found for item, found in known.items() if found and found[0] and found[1] <= SLOWEST}
         for source, tests in self.sources.items():
             module = importlib.import_module(".".join(Path(source).relative_to(ROOT).with_suffix("").parts))
-            own = {one: found for one, found in usable.items() if one.nodeid.startswith((*tests, own_name(source)))}
+            own = {
+                one: found
+                for one, found in usable.items()
+                if one.nodeid.startswith((*tests, own_name(source)))
+            }
             self._run(source, module, own)
         for source, counts in self.counts.items():
             print(f"{source}: {sum(counts.values())} mutants, {dict(sorted(counts.items()))}")
@@ -287,7 +293,9 @@ def is_explained(source: str, change: str) -> bool:
 
 def main(parts: list[str]) -> int:
     """Run the mutants of the files whose names contain one of some parts, all by default."""
-    sources = {one: tests for one, tests in CONFIG["tests"].items() if any(part in one for part in parts or [""])}
+    sources = {
+        one: tests for one, tests in CONFIG["tests"].items() if any(part in one for part in parts or [""])
+    }
     tester = Tester(sources)
     arguments = sorted({test for tests in sources.values() for test in tests} | set(sources))
     with tempfile.TemporaryDirectory() as folder:
