@@ -3,11 +3,11 @@
 ``make mutants`` runs it, or ``python -m tests.mutants [part of a file's name ...]``. ``[tool.mutants]`` in
 pyproject.toml names the source files, their tests, and the survivors that are explained.
 
-The libraries do not fit. mutmut leaves out every property and every function under ``@torch.no_grad()``, which
-is where bits are frozen, and deletes no statement. cosmic-ray starts a process per mutant, and importing torch
-and Lightning takes longer than the tests. Here one process imports and collects everything, and forks once per
-mutant. The fork puts the changed code into the functions that exist already, and runs the tests that reach the
-function, the fastest first.
+The libraries do not fit. mutmut leaves out every property and every function under ``@torch.no_grad()``,
+which is where bits are frozen, and deletes no statement. cosmic-ray starts a process per mutant; to import
+torch and Lightning takes longer than the tests. Here one process imports and collects everything, and forks
+once per mutant. The fork puts the changed code into the functions that exist already, and runs the tests that
+reach the function, the fastest first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 SLOWEST = 0.5
 
 SWAPS: dict[type, tuple[type, ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
     ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.And: (ast.Or,), ast.Or: (ast.And,),
     ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
@@ -78,7 +79,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 
 def places(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, int]]:
-    """Yield every node that may change, by its place; not annotations, decorators, docstrings and messages."""
+    """Yield every node that may change, by its place; no annotations, decorators, docstrings, messages."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or isinstance(
             node, ast.Raise | ast.JoinedStr

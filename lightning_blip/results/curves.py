@@ -141,7 +141,7 @@ class ForgettingCurves(Callback):
         task_names = [task.name for task in tasks.tasks]
         settings = {
             "ceilings": self.ceilings and dict(zip(task_names, self.ceilings, strict=True)),
-            "blip": blip and blip.as_dict(),
+            "blip": blip and blip.as_dict() | {"norm_stats": blip.norm_stats_in_use},
             "chosen": blip and blip.chosen,
             "stream": {"tasks": len(tasks), "epochs": tasks.epochs, "batch_size": tasks.batch_size},
             "hyperparameters": dict(trainer.lightning_module.hparams),
