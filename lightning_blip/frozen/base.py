@@ -125,7 +125,7 @@ class Collector(ABC):
         """
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """A step that an optimizer has taken on the parameters of one state, and what is to hold it back.
 

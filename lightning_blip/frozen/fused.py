@@ -80,33 +80,39 @@ class FusedStepper(Stepper):
             steps: One step per parameter.
             scale: p: the update is multiplied by 2^(−p·bits).
         """
-        steps = list(steps)
-        learned = [step for step in steps if step.state.tasks]
+        learned = []
         for step in steps:
-            if not step.state.tasks:  # only the bound limits the values
+            if step.state.tasks:
+                learned.append(step)
+            else:  # only the bound limits the values
                 largest = step.state.bound * (1 - 2.0**-step.state.freezing.max_bits)
                 step.parameters[0].clamp_(-largest, largest)
         if sum(step.parameters[0].numel() for step in learned) <= CHUNK:
-            at_once = [step for step in learned if not step.strength and step.update is None]
-            self._clamp(at_once)
-            learned = [step for step in learned if step.strength or step.update is not None]
+            learned = self._clamp(learned)
         hold_back_all(learned, scale, self._compiled)
 
-    def _clamp(self, steps: Sequence[Step]) -> None:
-        """Project parameters whose step is neither scaled nor pulled."""
-        if not steps:
-            return
-        thetas = [step.parameters[0].detach() for step in steps]
-        walls = [self._walls_of(_state(step), theta.dtype) for step, theta in zip(steps, thetas, strict=True)]
-        torch._foreach_maximum_(thetas, [low for low, _ in walls])
-        torch._foreach_minimum_(thetas, [high for _, high in walls])
+    def _clamp(self, steps: Sequence[Step]) -> list[Step]:
+        """Project parameters whose step is neither scaled nor pulled, and return the other steps."""
+        thetas, lows, highs, others = [], [], [], []
+        for step in steps:
+            if step.update is not None or step.strength:
+                others.append(step)
+            else:
+                theta = step.parameters[0].detach()
+                low, high = self._walls_of(_state(step), theta.dtype)
+                thetas.append(theta)
+                lows.append(low)
+                highs.append(high)
+        if thetas:
+            torch._foreach_maximum_(thetas, lows)
+            torch._foreach_minimum_(thetas, highs)
+        return others
 
     def _walls_of(self, state: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        tasks, *walls = self._walls.get(state, (-1,))
-        if tasks != state.tasks:
-            walls = list(state.limits(dtype))
-            self._walls[state] = (state.tasks, walls[0], walls[1])
-        return walls[0], walls[1]
+        known = self._walls.get(state)
+        if known is None or known[0] != state.tasks:
+            known = self._walls[state] = (state.tasks, *state.limits(dtype))
+        return known[1], known[2]
 
 
 class Compiled:
@@ -189,6 +195,8 @@ def hold_back_all(steps: Iterable[Step], scale: float, compiled: Compiled) -> No
     alike: dict[Hashable, list[Step]] = {}
     for step in steps:
         alike.setdefault(_kind(step), []).append(step)
+    if not alike:
+        return
     few = sum(step.parameters[0].numel() for group in alike.values() for step in group) <= CHUNK
     for group in alike.values():
         small = [step for step in group if few or step.parameters[0].numel() <= SMALL]

@@ -198,14 +198,17 @@ class FrozenBitsOptimizer(Optimizer):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        steps: dict[type[FrozenState], list[Step]] = {}
+        rates = [effective_rate(group) for group in optimizer.param_groups]
+        pull, steps = self.pull, dict[type[FrozenState], list[Step]]()
         for guard in self._guards or []:
-            steps.setdefault(type(guard.state), []).append(guard.step(self.scale, self.pull, self.every))
+            step = guard.step(self.scale, pull, rates[guard.group_index], self.every)
+            steps.setdefault(type(guard.state), []).append(step)
         for kind in steps.keys() - self._steppers.keys():
             self._steppers[kind] = kind.stepper()
         hold_back_each(steps, self._steppers, self.scale)
         for guard in self._guards or []:
-            guard.mask(*optimizer.state.get(guard.parameters[0], {}).values())
+            if guard.masks:
+                guard.mask(*optimizer.state.get(guard.parameters[0], {}).values())
             guard.forget()
 
     def _make_guards(self) -> list[_Guard]:
@@ -235,7 +238,7 @@ class _Guard:
         self, optimizer: Optimizer, parameters: tuple[Tensor, ...], state: FrozenState, group: int
     ) -> None:
         self._optimizer = optimizer
-        self._group = group
+        self.group_index = group
         self.parameters = parameters
         self.state = state
         self._tasks = -1
@@ -246,7 +249,7 @@ class _Guard:
     @property
     def group(self) -> dict[str, Any]:
         """The parameters' group; an optimizer makes new ones when it loads a state."""
-        group: dict[str, Any] = self._optimizer.param_groups[self._group]
+        group: dict[str, Any] = self._optimizer.param_groups[self.group_index]
         return group
 
     def divisor(self) -> Tensor | None:
@@ -262,17 +265,32 @@ class _Guard:
         if self._has_immovable:
             self._immovable = self.state.immovable()
 
-    def step(self, scale: float, pull: float, every: int) -> Step:
-        """Return the step that the optimizer has taken, with the pull that is due."""
-        theta, group, factor = self.parameters[0], self.group, 1.0
+    @property
+    def masks(self) -> bool:
+        """Whether there are values with all bits frozen."""
+        return self._immovable is not None
+
+    def step(self, scale: float, pull: float, rate: float, every: int) -> Step:
+        """Return the step that the optimizer has taken, with the pull that is due.
+
+        Args:
+            scale: p.
+            pull: λ.
+            rate: The effective learning rate of the group.
+            every: The largest number of steps from one pull to the next.
+        """
+        theta, factor = self.parameters[0], 1.0
         update = None if self._before is None else self._before.sub_(theta)
         if update is None and scale and theta.grad is not None and self.state.tasks:
             update = self._optimizer.state.get(theta, {}).get("momentum_buffer", theta.grad)
-            update, factor = update if update.layout == torch.strided else update.to_dense(), group["lr"]
-        rate = self.state.pace.due(effective_rate(group), every)
-        divisor = self.divisor() if pull * rate and self.state.tasks else None
-        seldom = pull * rate > 0 and every > 1
-        return Step(self.parameters, self.state, pull, rate, divisor, update, float(factor), seldom)
+            update, factor = (
+                update if update.layout == torch.strided else update.to_dense(),
+                float(self.group["lr"]),
+            )
+        due = self.state.pace.due(rate, every)
+        divisor = self.divisor() if pull * due and self.state.tasks else None
+        seldom = pull * due > 0 and every > 1
+        return Step(self.parameters, self.state, pull, due, divisor, update, factor, seldom)
 
     def forget(self) -> None:
         """Free what was kept for one step."""
