@@ -3,7 +3,7 @@ DATA ?= data
 TABLE ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test docs nightly nightly-oldest benchmarks browser clean
+.PHONY: demo test docs nightly nightly-oldest mutants benchmarks browser clean
 
 demo: .venv/.ready
 	$(BIN)/lightning-blip demo
@@ -26,6 +26,11 @@ nightly: .venv/.ready
 # The suite with the oldest supported Lightning, in its own environment.
 nightly-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
+
+# Changes frozen/, optim/ and consolidation.py piece by piece, and prints the changes that no test notices.
+# FILES narrows it to the files whose names contain one of these words.
+mutants: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(FILES)
 
 # All methods on all streams of a table (cpu, long, games or cuda); DATA is the folder of the data sets. Goes on
 # where it was broken off, and makes all anew in another folder OUT.

@@ -3,11 +3,11 @@
 ``make mutants`` runs it, or ``python -m tests.mutants [part of a file's name ...]``. ``[tool.mutants]`` in
 pyproject.toml names the source files, their tests, and the survivors that are explained.
 
-The libraries do not fit. mutmut leaves out every property and every function under ``@torch.no_grad()``, which
-is where bits are frozen, and deletes no statement. cosmic-ray starts a process per mutant, and importing torch
-and Lightning takes longer than the tests. Here one process imports and collects everything, and forks once per
-mutant. The fork puts the changed code into the functions that exist already, and runs the tests that reach the
-function, the fastest first.
+The libraries do not fit. mutmut leaves out every property and every function under ``@torch.no_grad()``,
+where bits are frozen, and deletes no statement. cosmic-ray deletes none either, and starts a process per
+mutant: importing torch and Lightning takes longer than the tests. Here one process imports and collects
+everything, and forks once per mutant. The fork puts the changed code into the functions that exist already,
+and runs the tests that reach the function, the fastest first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 SLOWEST = 0.5
 
 SWAPS: dict[type, tuple[type, ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
     ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.And: (ast.Or,), ast.Or: (ast.And,),
     ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
@@ -78,7 +79,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 
 def places(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, int]]:
-    """Yield every node that may change, by its place; not annotations, decorators, docstrings and messages."""
+    """Yield every node that may change, by its place; no annotations, decorators, docstrings, messages."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or isinstance(
             node, ast.Raise | ast.JoinedStr
@@ -141,40 +142,54 @@ def alternatives(node: ast.AST) -> list[ast.AST]:
     return []
 
 
-def transplant(old: ModuleType, code: CodeType) -> None:
-    """Change the functions, defaults and constants of a module that is in use into those of a mutant."""
+def transplant(old: ModuleType, code: CodeType) -> bool:
+    """Change the functions, defaults and constants of a module that is in use into those of a mutant.
+
+    Returns:
+        Whether anything was changed.
+    """
     new = ModuleType(old.__name__)
     new.__file__ = old.__file__
-    real, sys.modules[old.__name__] = sys.modules[old.__name__], new
+    sys.modules[old.__name__] = new
     try:
         exec(code, vars(new))
     finally:
-        sys.modules[old.__name__] = real
+        sys.modules[old.__name__] = old
+    changed = False
     for name, value in vars(new).items():
         before = vars(old).get(name)
         if isinstance(value, type) and value.__module__ == old.__name__:
             for attribute, member in vars(value).items():
-                replace(vars(before).get(attribute), member)
+                changed |= replace(vars(before).get(attribute), member)
                 if isinstance(member, int | float) and vars(before).get(attribute) != member:
                     setattr(before, attribute, member)
+                    changed = True
         elif callable(value) and getattr(value, "__module__", "") == old.__name__:
-            replace(before, value)
+            changed |= replace(before, value)
+        elif isinstance(value, dict) and not name.startswith("__") and value != before:
+            before.update(value)
+            changed = True
         elif isinstance(value, int | float | list) and value != before:
             for module in list(sys.modules.values()):
                 if vars(module).get(name) is before:
                     setattr(module, name, value)
+            changed = True
+    return changed
 
 
-def replace(old: Any, new: Any) -> None:
+def replace(old: Any, new: Any) -> bool:
     """Replace the code and the defaults of a function, under all its decorators."""
+    changed = False
     if hasattr(old, "cache_clear"):
         old.cache_clear()
     for part in ("fget", "fset", "__func__", "__wrapped__"):
         if getattr(new, part, None) is not None:
-            replace(getattr(old, part), getattr(new, part))
+            changed |= replace(getattr(old, part), getattr(new, part))
     for part in ("__code__", "__defaults__", "__kwdefaults__"):
         if hasattr(new, part) and getattr(old, part) != getattr(new, part):
             setattr(old, part, getattr(new, part))
+            changed = True
+    return changed
 
 
 def fork(work: Callable[[], Any], seconds: float) -> Any:
@@ -265,8 +280,10 @@ class Tester:
 
             def outcome(code: CodeType = mutant.code, items: list[pytest.Item] = items) -> str:
                 try:
-                    transplant(module, code)
+                    changed = transplant(module, code)
                 except ValueError:  # a nested function that needs other variables
+                    changed = False
+                if not changed:
                     return "not run"
                 return "survived" if passes(items) else "killed"
 

@@ -40,7 +40,7 @@ def anchors(blip, network):
 
 
 def pulled(blip, network, optimizer, strength):
-    """What the formula of the pull makes of a network: ω/(1 + η·λ·(S − S_0)/P) in the coordinates of the basis."""
+    """Return the weights after a pull: ω/(1 + η·λ·(S − S_0)/P) in the coordinates of the basis."""
     weights = [network.weight.detach(), network.bias.detach()]
     P = [1.0, 1.0]
     if isinstance(optimizer, Adam):

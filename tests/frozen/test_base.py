@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def test_early_in_a_task_pulls_are_due_at_every_step_then_at_a_twentieth_of_the_
     """Short tasks get enough pulls: the gap is 1 below 20 steps, 2 below 40, and so on, up to ``every``."""
     pace = Pace()
     due = [step for step in range(1, 200) if pace.due(0.1, every=4)]
-    gaps = [later - earlier for earlier, later in zip(due, due[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(due)]
     assert due[:20] == [*range(1, 20), 21]
     assert [gaps.count(size) for size in (1, 2, 3, 4)] == [18, 10, 6, 35]
     assert max(gaps) == 4

@@ -295,7 +295,7 @@ def test_a_saved_network_comes_back_with_the_weights_of_the_checkpoint(basis):
     for name, bits in frozen.bits().items():
         assert torch.equal(again.bits()[name], bits)
     saved["1.bias"]["state"]["prior"] = -1.0
-    with pytest.raises(ValueError, match="Parameter '1.bias': prior=-1.0"):
+    with pytest.raises(ValueError, match=r"Parameter '1\.bias': prior=-1\.0"):
         again.load_state_dict(saved)
 
 

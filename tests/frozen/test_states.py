@@ -42,7 +42,7 @@ def test_values_at_either_wall_count_unless_no_bit_is_frozen():
 
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_predicted_forgetting_is_half_the_information_times_the_squared_drift_per_task(tasks):
-    theta, state = frozen_values([0, 0, 0])
+    _, state = frozen_values([0, 0, 0])
     state.prior, state.tasks = 2.0, tasks
     state.information = torch.tensor([1.0, 2.0, 0.0])
     anchor = state.anchor(torch.float32)

@@ -1,4 +1,4 @@
-"""How far an optimizer moves a parameter along a gradient that stays the same: measured against the formula."""
+"""How far an optimizer moves a parameter along a constant gradient, measured against the formula."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from lightning_blip.optim.effective_step import effective_rate, preconditioner
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"momentum": 0.8, "dampening": 0.5}, {"momentum": 0.5, "nesterov": True}]
+    "options",
+    [{}, {"momentum": 0.9}, {"momentum": 0.8, "dampening": 0.5}, {"momentum": 0.5, "nesterov": True}],
 )
 def test_along_a_constant_gradient_steps_become_the_effective_rate(options):
     theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
