@@ -268,7 +268,7 @@ class Tester:
         return True
 
     def _run(self, source: str, module: ModuleType, tests: dict[pytest.Item, Any]) -> None:
-        name = own_name(source)
+        name, lines = own_name(source), Path(source).read_text().splitlines()
         for mutant in mutants(Path(source)):
             hit = [
                 (found[1], one.nodeid, one)
@@ -288,7 +288,7 @@ class Tester:
                 return "survived" if passes(items) else "killed"
 
             result = (fork(outcome, seconds) or "killed") if items else "survived"
-            if result == "survived" and is_explained(name, mutant.change):
+            if result == "survived" and is_explained(name, lines[mutant.line - 1]):
                 result = "explained"
             if result != "killed":
                 print(f"{result}: {name}:{mutant.line}: {mutant.change}", f"({len(items)} tests)", flush=True)
@@ -300,10 +300,10 @@ def own_name(source: str) -> str:
     return str(Path(source).relative_to(ROOT))
 
 
-def is_explained(source: str, change: str) -> bool:
-    """Return whether pyproject.toml says why a mutant may survive."""
+def is_explained(source: str, line: str) -> bool:
+    """Return whether pyproject.toml says why mutants of a line may survive."""
     return any(
-        source == one["file"] and any(part in change for part in one["changes"])
+        source == one["file"] and any(part in line for part in one["lines"])
         for one in CONFIG.get("explained", [])
     )
 
