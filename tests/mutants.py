@@ -134,7 +134,7 @@ def alternatives(node: ast.AST) -> list[ast.AST]:
         return [ast.Constant(not node.value)]
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return [ast.Constant(node.value + 1)]
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
         return [ast.Return(ast.Constant(None))]
     is_store = isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name | ast.Tuple)
     if is_store or isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Delete):
