@@ -145,6 +145,13 @@ def test_a_damaged_entry_of_a_strict_state_is_refused(entry, value):
         DiagonalState.from_state_dict(saved)
 
 
+def test_checkpoints_of_the_papers_cell_hold_the_code_above_five_bits_of_their_number():
+    """This layout may not change: checkpoints of earlier versions are read with it."""
+    _, state = frozen_values([3, 20, 0], values=(0.25, -0.5, 0.0), cell="paper")
+    packed = state.state_dict()["packed"]
+    assert packed.tolist() == [2**18 * 32 + 3, -(2**19) * 32 + 20, 0]
+
+
 def test_a_damaged_anchor_of_the_papers_cell_is_refused():
     _, state = frozen_values([3, 7, 0], cell="paper")
     saved = state.state_dict()
