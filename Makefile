@@ -27,9 +27,10 @@ nightly: .venv/.ready
 nightly-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
 
-# Changes frozen/, optim/ and consolidation.py piece by piece, and lists the changes that no test notices.
+# Changes frozen/, optim/ and consolidation.py piece by piece, and prints the changes that no test notices.
+# FILES narrows it to the files whose names contain one of these words.
 mutants: .venv/.ready
-	$(BIN)/python -m tests.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(FILES)
 
 # All methods on all streams of a table (cpu, long, games or cuda); DATA is the folder of the data sets. Goes on
 # where it was broken off, and makes all anew in another folder OUT.

@@ -4,10 +4,10 @@
 pyproject.toml names the source files, their tests, and the survivors that are explained.
 
 The libraries do not fit. mutmut leaves out every property and every function under ``@torch.no_grad()``,
-which is where bits are frozen, and deletes no statement. cosmic-ray starts a process per mutant; to import
-torch and Lightning takes longer than the tests. Here one process imports and collects everything, and forks
-once per mutant. The fork puts the changed code into the functions that exist already, and runs the tests that
-reach the function, the fastest first.
+where bits are frozen, and deletes no statement. cosmic-ray deletes none either, and starts a process per
+mutant: importing torch and Lightning takes longer than the tests. Here one process imports and collects
+everything, and forks once per mutant. The fork puts the changed code into the functions that exist already,
+and runs the tests that reach the function, the fastest first.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def alternatives(node: ast.AST) -> list[ast.AST]:
         return [ast.Constant(not node.value)]
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return [ast.Constant(node.value + 1)]
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
         return [ast.Return(ast.Constant(None))]
     is_store = isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name | ast.Tuple)
     if is_store or isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Delete):
@@ -142,40 +142,54 @@ def alternatives(node: ast.AST) -> list[ast.AST]:
     return []
 
 
-def transplant(old: ModuleType, code: CodeType) -> None:
-    """Change the functions, defaults and constants of a module that is in use into those of a mutant."""
+def transplant(old: ModuleType, code: CodeType) -> bool:
+    """Change the functions, defaults and constants of a module that is in use into those of a mutant.
+
+    Returns:
+        Whether anything was changed.
+    """
     new = ModuleType(old.__name__)
     new.__file__ = old.__file__
-    real, sys.modules[old.__name__] = sys.modules[old.__name__], new
+    sys.modules[old.__name__] = new
     try:
         exec(code, vars(new))
     finally:
-        sys.modules[old.__name__] = real
+        sys.modules[old.__name__] = old
+    changed = False
     for name, value in vars(new).items():
         before = vars(old).get(name)
         if isinstance(value, type) and value.__module__ == old.__name__:
             for attribute, member in vars(value).items():
-                replace(vars(before).get(attribute), member)
+                changed |= replace(vars(before).get(attribute), member)
                 if isinstance(member, int | float) and vars(before).get(attribute) != member:
                     setattr(before, attribute, member)
+                    changed = True
         elif callable(value) and getattr(value, "__module__", "") == old.__name__:
-            replace(before, value)
+            changed |= replace(before, value)
+        elif isinstance(value, dict) and not name.startswith("__") and value != before:
+            before.update(value)
+            changed = True
         elif isinstance(value, int | float | list) and value != before:
             for module in list(sys.modules.values()):
                 if vars(module).get(name) is before:
                     setattr(module, name, value)
+            changed = True
+    return changed
 
 
-def replace(old: Any, new: Any) -> None:
+def replace(old: Any, new: Any) -> bool:
     """Replace the code and the defaults of a function, under all its decorators."""
+    changed = False
     if hasattr(old, "cache_clear"):
         old.cache_clear()
     for part in ("fget", "fset", "__func__", "__wrapped__"):
         if getattr(new, part, None) is not None:
-            replace(getattr(old, part), getattr(new, part))
+            changed |= replace(getattr(old, part), getattr(new, part))
     for part in ("__code__", "__defaults__", "__kwdefaults__"):
         if hasattr(new, part) and getattr(old, part) != getattr(new, part):
             setattr(old, part, getattr(new, part))
+            changed = True
+    return changed
 
 
 def fork(work: Callable[[], Any], seconds: float) -> Any:
@@ -254,7 +268,7 @@ class Tester:
         return True
 
     def _run(self, source: str, module: ModuleType, tests: dict[pytest.Item, Any]) -> None:
-        name = own_name(source)
+        name, lines = own_name(source), Path(source).read_text().splitlines()
         for mutant in mutants(Path(source)):
             hit = [
                 (found[1], one.nodeid, one)
@@ -266,13 +280,15 @@ class Tester:
 
             def outcome(code: CodeType = mutant.code, items: list[pytest.Item] = items) -> str:
                 try:
-                    transplant(module, code)
+                    changed = transplant(module, code)
                 except ValueError:  # a nested function that needs other variables
+                    changed = False
+                if not changed:
                     return "not run"
                 return "survived" if passes(items) else "killed"
 
             result = (fork(outcome, seconds) or "killed") if items else "survived"
-            if result == "survived" and is_explained(name, mutant.change):
+            if result == "survived" and is_explained(name, lines[mutant.line - 1]):
                 result = "explained"
             if result != "killed":
                 print(f"{result}: {name}:{mutant.line}: {mutant.change}", f"({len(items)} tests)", flush=True)
@@ -284,10 +300,10 @@ def own_name(source: str) -> str:
     return str(Path(source).relative_to(ROOT))
 
 
-def is_explained(source: str, change: str) -> bool:
-    """Return whether pyproject.toml says why a mutant may survive."""
+def is_explained(source: str, line: str) -> bool:
+    """Return whether pyproject.toml says why mutants of a line may survive."""
     return any(
-        source == one["file"] and any(part in change for part in one["changes"])
+        source == one["file"] and any(part in line for part in one["lines"])
         for one in CONFIG.get("explained", [])
     )
 

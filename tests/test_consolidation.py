@@ -1,5 +1,6 @@
 """One boundary of BLIP: the due pull is applied, information is measured and averaged, bits are frozen."""
 
+import copy
 import sys
 
 import pytest
@@ -40,7 +41,7 @@ def anchors(blip, network):
 
 
 def pulled(blip, network, optimizer, strength):
-    """Return a network after the formula of the pull, ω/(1 + η·λ·(S − S_0)/P) in the basis's coordinates."""
+    """Return the weights after a pull: ω/(1 + η·λ·(S − S_0)/P) in the coordinates of the basis."""
     weights = [network.weight.detach(), network.bias.detach()]
     P = [1.0, 1.0]
     if isinstance(optimizer, Adam):
@@ -302,3 +303,24 @@ def test_in_the_kronecker_basis_newly_frozen_coordinates_are_counted_by_their_ei
     assert report["blip/newly_frozen_share"] > 0
     network.requires_grad_(False)
     assert blip.consolidate(network, batches())["blip/newly_frozen_share"] == 0
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_information_that_is_not_finite_is_refused_by_the_parameters_name(basis):
+    """The gradient of a square root at 0 is infinite, although the loss is finite."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return self.layer(x) + self.scale.sqrt()
+
+    network, blip = Root(), BLIP(basis=basis)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(FloatingPointError, match="'scale' is not finite"):
+        blip.consolidate(network, batches())
+    assert blip.tasks_learned == 0
+    assert blip.used_capacity == 0
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

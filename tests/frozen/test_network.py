@@ -211,8 +211,10 @@ def test_capacity_is_the_share_of_all_bits(basis):
     assert frozen.used_capacity == pytest.approx(2 / 20)
     assert FrozenNetwork().used_capacity == 0.0
     one_bit = FrozenNetwork(freezing=Freezing(max_bits=1))
-    one_bit.attach(nn.Linear(1, 1, bias=False), {})
-    assert one_bit.used_capacity == 0.0
+    single = nn.Linear(1, 1, bias=False)
+    one_bit.attach(single, dict(single.named_parameters()))
+    learned(single, one_bit, of_parameter=15.0)
+    assert one_bit.used_capacity == 1.0
 
 
 @NAMES

@@ -133,5 +133,5 @@ def test_a_checksum_tells_parts_of_large_parameters_apart():
     other = torch.zeros_like(codes)
     other[2**16] = 1
     assert (checksum(codes), checksum(other)) == (1, 2)
-    full = torch.full((2**18,), 2**20, dtype=torch.int32)
-    assert 0 < checksum(full) < 2**61
+    full = torch.full((2**22,), 2**20, dtype=torch.int32)  # 64 parts of 2^16 values
+    assert checksum(full) == 2**20 * (2**16 * (2**16 + 1) // 2) * (64 * 65 // 2) % 2**61

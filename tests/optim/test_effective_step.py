@@ -1,4 +1,4 @@
-"""How far an optimizer moves a parameter along a constant gradient: measured against the formula."""
+"""How far an optimizer moves a parameter along a constant gradient, measured against the formula."""
 
 import pytest
 import torch
