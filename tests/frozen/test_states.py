@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.factors import Factors
 from lightning_blip.frozen.base import Freezing, Step
 from lightning_blip.frozen.diagonal import DiagonalInformation, DiagonalState
@@ -23,6 +24,16 @@ def frozen_values(bits, values=(0.25, -0.5, 0.1), max_bits=20, **options):
     return theta, state
 
 
+@pytest.mark.parametrize(("cell", "nearest"), [("strict", 2 / 256), ("paper", 2.0**-21)])
+def test_before_the_first_task_a_parameter_is_anchored_where_it_is(cell, nearest):
+    """To 1/256 of its cell in the strict cell, which is the whole interval; to half a step of the grid else."""
+    theta = nn.Parameter(torch.tensor([0.25, -0.7, 0.1]))
+    state = DiagonalState.of(theta, bound=1.0, prior=1.0, cell=cell)
+    assert ((state.anchor(torch.float32) - theta).abs() <= nearest).all()
+    assert not state.packed.requires_grad
+    assert not state.gained.requires_grad
+
+
 def test_damping_adds_a_part_of_the_mean_over_outputs():
     fisher = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
     damped = DiagonalInformation(fisher, is_matrix=True).damped(0.5)
@@ -34,7 +45,7 @@ def test_damping_adds_a_part_of_the_mean_over_outputs():
 
 
 def test_values_at_either_wall_count_unless_no_bit_is_frozen():
-    theta, state = frozen_values([3, 3, 3, 3, 0], values=(0.2, 0.2, 0.2, 0.2, 0.2))
+    theta, state = frozen_values([1, 3, 3, 3, 0], values=(0.2, 0.2, 0.2, 0.2, 0.2))
     low, high = state.limits(torch.float32)
     moved = torch.stack([low[0], high[1], low[2] - 0.1, theta[3], high[4]])
     assert state.strain([moved]).at_walls == 3
@@ -53,11 +64,12 @@ def test_predicted_forgetting_is_half_the_information_times_the_squared_drift_pe
 
 @pytest.mark.parametrize(("cell", "offset"), [("strict", 1 / 3), ("paper", 0.0)])
 def test_frozen_codes_are_the_leading_bits_and_drift_counts_those_that_changed(cell, offset):
-    theta, state = frozen_values([2, 3, 0], cell=cell)
+    theta, state = frozen_values([2, 3, 0, 1], values=(0.25, -0.5, 0.1, 0.75), cell=cell)
     code = state.frozen_code(theta)
-    assert code.tolist() == [math.floor((0.25 + offset) * 4), math.floor((-0.5 + offset) * 8), 0]
+    expected = [math.floor((0.25 + offset) * 4), math.floor((-0.5 + offset) * 8), 0]
+    assert code.tolist() == [*expected, math.floor((0.75 + offset) * 2)]
     assert state.drifted([theta]) == 0
-    assert state.drifted([theta + torch.tensor([0.5, 0.5, 0.5])]) == 2
+    assert state.drifted([theta + torch.tensor([0.5, 0.5, 0.5, 0.0])]) == 2
 
 
 def test_only_values_with_all_bits_frozen_are_immovable():
@@ -222,7 +234,7 @@ def test_cells_are_the_bound_over_a_power_of_two_and_infinite_without_frozen_bit
     assert state.precision.tolist() == [[16.0, 4.0, 1.5]]
 
 
-@pytest.mark.parametrize(("rate", "divided"), [(0.5, None), (0.5, 2.0), (0.0, None)])
+@pytest.mark.parametrize(("rate", "divided"), [(0.5, None), (0.5, 2.0), (0.5, 0.1), (0.0, None)])
 def test_a_layer_is_held_back_only_where_a_pull_is_due(rate, divided):
     """P is the root mean square over the weight; a bias has the same."""
     weight, bias = torch.full((1, 2), 0.5), torch.zeros(1)
@@ -306,3 +318,48 @@ def test_a_layer_is_the_matrix_of_its_weight_with_the_bias_as_the_last_column():
     assert torch.equal(matrix[:, -1], convolution.bias.detach())
     assert KroneckerState.shape_of([convolution.weight]) == (3, 8)
     assert not matrix.requires_grad
+
+
+def test_a_layer_without_a_bias_is_its_weight_alone():
+    names = {"weight"}
+    layer = nn.Linear(2, 1, bias=False)
+    assert KroneckerState.claim(layer, names) == [("weight",)]
+    assert KroneckerState.shape_of([layer.weight]) == (1, 2)
+    state = KroneckerState.create([layer.weight], 1.0, 1.0, Freezing())
+    collector = state.observe(["weight"], True)
+    diagonal_fisher(layer, [(torch.ones(4, 2), None)], "gaussian", observers=[Seen(collector)])
+    collector.finish(4)
+    factors = collector.information({"weight": torch.full((1, 2), 3.0)}).factors
+    torch.testing.assert_close(float(factors.A.trace() * factors.G.trace()), 6.0)
+
+
+class Seen:
+    """Hands gradients to one collector."""
+
+    def __init__(self, collector):
+        self.see = collector.see
+
+    def end_batch(self, size):
+        pass
+
+
+def test_gradients_that_are_no_products_add_nothing_to_the_factors():
+    collector = layer_state()[1].observe(["weight"], True)
+    collector.see("weight", object())
+    assert all(not factor.any() for factor in collector.finish(4))
+
+
+def test_a_second_task_without_information_halves_the_mean_and_moves_the_anchor():
+    theta, state = layer_state(alpha=(15.0, 0.0))
+    assert state.strain([theta + 0.1]).forgetting == pytest.approx(0.5 * 15.0 * 0.01)
+    moved = theta + 0.125
+    gain = state.consolidate([moved], KroneckerInformation(Factors(torch.zeros(2, 2), torch.zeros(1, 1))))
+    torch.testing.assert_close(gain, 0.5 * torch.log2(torch.tensor([[8.5 / 16, 1.0]])))
+    assert torch.equal(state.anchor, moved)
+
+
+def test_between_two_pulls_a_layer_is_not_put_into_its_cells():
+    theta, state = layer_state()
+    moved = theta + 0.75
+    state.hold_back(Step([moved], state, pull=3.0, rate=0.0))
+    assert torch.equal(moved, theta + 0.75)
