@@ -26,7 +26,7 @@ def frozen_values(bits, values=(0.25, -0.5, 0.1), max_bits=20, **options):
 
 @pytest.mark.parametrize(("cell", "nearest"), [("strict", 2 / 256), ("paper", 2.0**-21)])
 def test_before_the_first_task_a_parameter_is_anchored_where_it_is(cell, nearest):
-    """To 1/256 of its cell in the strict cell, which is the whole interval; to half a step of the grid else."""
+    """To 1/256 of the whole interval in the strict cell, else to half a step of the grid."""
     theta = nn.Parameter(torch.tensor([0.25, -0.7, 0.1]))
     state = DiagonalState.of(theta, bound=1.0, prior=1.0, cell=cell)
     assert ((state.anchor(torch.float32) - theta).abs() <= nearest).all()
