@@ -78,3 +78,19 @@ def test_a_wrapper_without_its_optimizer_has_no_attributes():
     """Unpickling asks for attributes before there are any."""
     with pytest.raises(AttributeError, match="optimizer"):
         _ = FrozenBitsOptimizer.__new__(FrozenBitsOptimizer).param_groups
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_gradients_that_a_closure_makes_are_masked_too(by_keyword):
+    """A value with all bits frozen collects no momentum, however the closure is passed."""
+    theta = nn.Parameter(torch.tensor([0.25, -0.5]))
+    state = DiagonalState.of(theta, bound=1.0, prior=1.0)
+    state.freeze(theta.data, torch.tensor([20, 0]), keep_free_bits=True)
+    optimizer = FrozenBitsOptimizer(SGD([theta], lr=0.1), {theta: state}).optimizer
+
+    def closure():
+        theta.grad = torch.ones(2)
+        return 1.5
+
+    assert (optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)) == 1.5
+    assert theta.grad.tolist() == [0.0, 1.0]
