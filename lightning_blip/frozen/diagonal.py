@@ -266,7 +266,7 @@ class DiagonalState(FrozenState):
         theta.copy_(decode(code, self.bound, max_bits, theta.dtype))
 
     def hold_back(self, step: Step) -> None:
-        """Scale, pull and project one step, in place; see :mod:`lightning_blip.frozen.fused`."""
+        """Pull and project one step, in place, without scaling; see :mod:`lightning_blip.frozen.fused`."""
         self.stepper()([step], scale=0.0)
 
     @classmethod
