@@ -6,7 +6,7 @@ import torch
 from lightning_blip.frozen import fused
 from lightning_blip.frozen.base import Step
 from lightning_blip.frozen.diagonal import DiagonalState
-from lightning_blip.frozen.fused import Compiled, hold_back_all
+from lightning_blip.frozen.fused import Compiled, FusedStepper, hold_back_all
 
 SCALE = 0.7
 
@@ -119,3 +119,20 @@ def test_where_compiling_fails_it_is_tried_once_with_one_warning(monkeypatch, re
 def test_steps_of_few_values_are_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
     held_back(steps([(784, 100), (100,)]))
+
+
+def test_a_stepper_uses_the_walls_of_the_last_boundary():
+    theta = torch.full((4, 6), 0.3)
+    state = DiagonalState.of(theta, bound=1.0, prior=1.0)
+    stepper = FusedStepper()
+    for bits in (1, 5):
+        state.freeze(theta, torch.full((4, 6), bits), keep_free_bits=True)
+        anchor = theta.clone()
+        low, high = state.limits(torch.float32)
+        theta += 10.0
+        stepper([Step([theta], state)], scale=0.0)
+        assert torch.equal(theta, high)
+        theta.copy_(anchor - 10.0)
+        stepper([Step([theta], state)], scale=0.0)
+        assert torch.equal(theta, low)
+        theta.copy_(anchor)
