@@ -136,3 +136,21 @@ def test_a_stepper_uses_the_walls_of_the_last_boundary():
         stepper([Step([theta], state)], scale=0.0)
         assert torch.equal(theta, low)
         theta.copy_(anchor)
+
+
+def test_steps_of_different_kinds_are_held_back_as_if_each_came_alone():
+    kinds = [
+        {},
+        {"update": False},
+        {"pull": 0.0},
+        {"update": False, "pull": 0.0},
+        {"divisor": False},
+        {"cell": "paper"},
+        {"dtype": torch.float64},
+    ]
+    sizes = [(4, 5), (7,)]
+    alone = [theta for kind in kinds for theta in held_back(steps(sizes, **kind))]
+    together = held_back([step for kind in kinds for step in steps(sizes, **kind)])
+    assert len(together) == 2 * len(kinds)
+    for theta, expected in zip(together, alone, strict=True):
+        assert torch.equal(theta, expected)
