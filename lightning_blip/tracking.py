@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lightning_blip.tasks.heads import task_heads
+from lightning_blip.tasks.heads import shared_parameters
 
 
 def tracked_parameters(
@@ -33,17 +33,12 @@ def tracked_parameters(
         >>> list(tracked_parameters(nn.Linear(4, 2), exclude="bias"))
         ['weight']
     """
-    heads = {id(theta) for part in task_heads(module) for theta in part.parameters()}
-    trainable: dict[str, Tensor] = {
-        name: theta
-        for name, theta in module.named_parameters()
-        if theta.requires_grad and id(theta) not in heads
-    }
+    trainable = shared_parameters(module)
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in _as_list(patterns):
             if not any(fnmatchcase(name, pattern) for name in trainable):
                 raise ValueError(f"{argument}={pattern!r} matches none of the parameters {list(trainable)}")
-    tracked = {
+    tracked: dict[str, Tensor] = {
         name: theta
         for name, theta in trainable.items()
         if (include is None or _matches(name, include)) and not _matches(name, exclude)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lightning_blip.baselines.base import task_batches
-from lightning_blip.baselines.parameters import tracked
 from lightning_blip.baselines.quadratic import QuadraticPenalty
 from lightning_blip.fisher import diagonal_fisher
 from lightning_blip.fisher.arguments import check_likelihood, check_samples
 from lightning_blip.optim.optimizer import check_strengths
+from lightning_blip.tasks.heads import shared_parameters
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
 
@@ -91,5 +91,5 @@ class EWC(QuadraticPenalty):
             self.likelihood,
             samples=samples,
             generator=torch.Generator().manual_seed(seed),
-            parameters=tracked(pl_module),
+            parameters=shared_parameters(pl_module),
         )

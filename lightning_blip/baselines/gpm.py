@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_blip.baselines.base import Baseline, check_full_precision, task_batches
-from lightning_blip.baselines.parameters import tracked
 from lightning_blip.fisher.arguments import check_samples
 from lightning_blip.fisher.factors import matrix_layers
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.samples import call_arguments, read_batches
+from lightning_blip.tasks.heads import shared_parameters
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
 
@@ -237,7 +237,7 @@ def grow_basis(M: Tensor, R: Tensor, threshold: float) -> Tensor:
 
 def _layers(module: nn.Module) -> dict[str, Layer]:
     """Return the layers whose gradients are projected, by name, in the module's order."""
-    names = [weight.rpartition(".")[0] for weight in matrix_layers(module, tracked(module))]
+    names = [weight.rpartition(".")[0] for weight in matrix_layers(module, shared_parameters(module))]
     layers = ((name, module.get_submodule(name)) for name in names)
     return {name: layer for name, layer in layers if isinstance(layer, Layer) and _is_projected(layer)}
 

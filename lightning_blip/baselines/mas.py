@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_blip.baselines.base import task_batches
-from lightning_blip.baselines.parameters import tracked
 from lightning_blip.baselines.quadratic import QuadraticPenalty
 from lightning_blip.fisher.arguments import check_samples
 from lightning_blip.fisher.gradients import BUDGET_BYTES
 from lightning_blip.fisher.isolation import left_as_before
 from lightning_blip.fisher.samples import read_batches
 from lightning_blip.optim.optimizer import check_strengths
+from lightning_blip.tasks.heads import shared_parameters
 from lightning_blip.tasks.task import Task
 from lightning_blip.trainer.task_batches import inputs_and_targets
 
@@ -66,11 +66,11 @@ class MAS(QuadraticPenalty):
 
     def _try_on(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure the sensitivity on two samples."""
-        sensitivity(pl_module, tracked(pl_module), [inputs_and_targets(batch)], samples=2)
+        sensitivity(pl_module, shared_parameters(pl_module), [inputs_and_targets(batch)], samples=2)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> dict[str, Tensor]:
         """Return the sensitivity of the task's outputs."""
-        return sensitivity(pl_module, tracked(pl_module), task_batches(trainer), self.samples)
+        return sensitivity(pl_module, shared_parameters(pl_module), task_batches(trainer), self.samples)
 
 
 def sensitivity(

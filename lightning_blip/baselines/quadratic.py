@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_blip.baselines.base import Baseline
-from lightning_blip.baselines.parameters import beside, tracked
+from lightning_blip.baselines.parameters import beside
+from lightning_blip.tasks.heads import shared_parameters
 from lightning_blip.tasks.task import Task
 
 
@@ -38,7 +39,7 @@ class QuadraticPenalty(Baseline, ABC):
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Find the protected parameters."""
-        self._parameters = dict(tracked(pl_module))
+        self._parameters = dict(shared_parameters(pl_module))
         self._importance = beside(self._parameters, self._importance)
         self._anchor = beside(self._parameters, self._anchor)
 
@@ -61,7 +62,7 @@ class QuadraticPenalty(Baseline, ABC):
         """Add the task's importances and move the anchor."""
         learned = self._measure(trainer, pl_module, task)
         self._importance = {name: self._importance.get(name, 0.0) + learned[name] for name in learned}
-        self._anchor = copies(tracked(pl_module))
+        self._anchor = copies(shared_parameters(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return Ω and θ*, for the checkpoint."""

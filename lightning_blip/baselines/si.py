@@ -8,9 +8,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_blip.baselines.parameters import beside, tracked
+from lightning_blip.baselines.parameters import beside
 from lightning_blip.baselines.quadratic import QuadraticPenalty, copies, gradients_of
 from lightning_blip.optim.optimizer import check_strengths
+from lightning_blip.tasks.heads import shared_parameters
 from lightning_blip.tasks.task import Task
 
 
@@ -94,7 +95,7 @@ class SI(QuadraticPenalty):
         """Return max(0, ω) / (Δ² + ξ), and forget ω."""
         importance = {
             name: self._path[name].clamp(min=0.0) / ((theta - self._anchor[name]).square() + self.damping)
-            for name, theta in tracked(pl_module).items()
+            for name, theta in shared_parameters(pl_module).items()
         }
         self._path = {}
         return importance

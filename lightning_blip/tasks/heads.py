@@ -24,6 +24,27 @@ def task_heads(module: nn.Module) -> list[TaskHeads]:
     return [part for part in module.modules() if isinstance(part, TaskHeads)]
 
 
+def shared_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters that all tasks share: those outside :class:`TaskHeads`, by name.
+
+    Args:
+        module: The network.
+
+    Returns:
+        The parameters, in the module's order.
+
+    Example:
+        >>> list(shared_parameters(nn.Sequential(nn.Linear(4, 4, bias=False), TaskHeads(4, classes=[2, 2]))))
+        ['0.weight']
+    """
+    heads = {id(theta) for part in task_heads(module) for theta in part.parameters()}
+    return {
+        name: theta
+        for name, theta in module.named_parameters()
+        if theta.requires_grad and id(theta) not in heads
+    }
+
+
 class TaskHeads(nn.Module):
     """One Linear head per task; the forward pass uses the active head.
 
